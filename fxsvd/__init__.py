@@ -1,0 +1,37 @@
+"""fxsvd: a compiler for smaller neural networks."""
+
+from fxsvd import passes
+from fxsvd.capture import capture
+from fxsvd.compile import apply, compile, plan  # noqa: A004  (fixed public name)
+from fxsvd.dependency import Dependencies, Space, analyze
+from fxsvd.edits import Plan, Remap, Skip
+from fxsvd.errors import CaptureError, FxsvdError, PlanError, VerificationError
+from fxsvd.export import export_onnx
+from fxsvd.layers import register_layer
+from fxsvd.report import Report
+from fxsvd.rules import register_rule
+from fxsvd.verify import mask, verify
+
+__all__ = [
+    "CaptureError",
+    "Dependencies",
+    "FxsvdError",
+    "Plan",
+    "PlanError",
+    "Remap",
+    "Report",
+    "Skip",
+    "Space",
+    "VerificationError",
+    "analyze",
+    "apply",
+    "capture",
+    "compile",
+    "export_onnx",
+    "mask",
+    "passes",
+    "plan",
+    "register_layer",
+    "register_rule",
+    "verify",
+]

@@ -1,0 +1,219 @@
+"""The pipeline: capture, analyse, plan, rewrite, verify, report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import fx, nn
+
+from fxsvd import cost
+from fxsvd import verify as validation
+from fxsvd.capture import capture, normalize_inputs
+from fxsvd.dependency import Dependencies, analyze
+from fxsvd.edits import Plan, chain, describe_inputs, make_inputs
+from fxsvd.errors import PlanError
+from fxsvd.naming import Name
+from fxsvd.report import Report, SpaceRow, layer_rows
+from fxsvd.rewrite import rewrite
+
+Progress = Callable[[str], None]
+
+
+class Pass(Protocol):
+    """A frozen dataclass of options that proposes a plan."""
+
+    def propose(self, deps: Dependencies) -> Plan:
+        """Which channels every space keeps."""
+
+
+def compile(  # noqa: A001  (torch.compile and re.compile set the example)
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    passes: Sequence[Pass],
+    ignore: Sequence[Name] = (),
+    round_to: int = 1,
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> fx.GraphModule:
+    """A narrower copy of a model, verified, with a report.
+
+    Args:
+        model: any module; it is not changed.
+        example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments.
+        passes: what to do, in order, such as ``[Prune(ratio=0.5)]``.
+        ignore: spaces that stay, for every pass: layer names, glob patterns or modules.
+        round_to: widths become multiples of this, for every pass.
+        verify: check the captured graph against the model and every rewrite against its original.
+        progress: called with a line at each stage.
+
+    Returns:
+        A trainable ``fx.GraphModule``; ``.report`` is a ``Report``.
+
+    Raises:
+        CaptureError: the model cannot be captured.
+        PlanError: options do not fit the model.
+        VerificationError: the result would be wrong; nothing is returned.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> from fxsvd.passes import Prune
+    >>> small = compile(net, torch.zeros(2, 4), passes=[Prune(ratio=0.5)])
+    >>> small.get_submodule("0").out_features, small.report.after.parameters
+    (4, 30)
+    """
+    say = progress or (lambda line: None)
+    say("capturing")
+    original = graph = capture(model, example_inputs, check=verify)
+    stages, worst = [], None
+    first: Dependencies | None = None
+    for options in _with_defaults(passes, ignore, round_to):
+        deps, stage = _propose(graph, options, say)
+        say("rewriting")
+        narrowed = rewrite(deps, stage)
+        if verify:
+            say("verifying")
+            error = validation.verify_rewrite(deps, stage, narrowed, example_inputs)
+            worst = max(worst or 0.0, error)
+        first, graph = first or deps, narrowed
+        stages.append(stage)
+    whole = replace(chain(stages), inputs=describe_inputs(normalize_inputs(example_inputs)))
+    say("measuring")
+    graph.report = _report(original, graph, first, whole, worst)  # type: ignore[assignment]
+    return graph
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    passes: Sequence[Pass],
+    ignore: Sequence[Name] = (),
+    round_to: int = 1,
+) -> Plan:
+    """A dry run: what ``compile`` would do, as data.
+
+    Args:
+        model: a module, or a graph that ``capture`` returned (then without inputs).
+        example_inputs: as for ``compile``.
+        passes: as for ``compile``.
+        ignore: as for ``compile``.
+        round_to: as for ``compile``.
+
+    Raises:
+        CaptureError: the model cannot be captured.
+        PlanError: options do not fit the model.
+    """
+    graph = model if _captured(model) else capture(model, example_inputs, check=False)
+    assert isinstance(graph, fx.GraphModule)  # both branches
+    described = None if example_inputs is None else describe_inputs(normalize_inputs(example_inputs))
+    stages: list[Plan] = []
+    for options in _with_defaults(passes, ignore, round_to):
+        if stages:
+            graph = rewrite(analyze(graph), stages[-1])
+        stages.append(_propose(graph, options, lambda line: None)[1])
+    return replace(chain(stages), inputs=described)
+
+
+def apply(model: nn.Module, plan: Plan) -> fx.GraphModule:
+    """Apply a plan to a copy of a model or of a captured graph.
+
+    Raises:
+        PlanError: the plan was made for another network, or has no inputs to capture a model with.
+    """
+    if _captured(model):
+        graph = model
+    elif plan.inputs is None:
+        raise PlanError("the plan does not say what inputs the model takes: apply it to a graph")
+    else:
+        graph = capture(model, _inputs(plan, model), check=False)
+    assert isinstance(graph, fx.GraphModule)  # both branches
+    stage: Plan | None = plan
+    while stage is not None:
+        graph = rewrite(analyze(graph), stage)
+        stage = stage.then
+    return graph
+
+
+def _inputs(plan: Plan, model: nn.Module) -> Any:
+    args, kwargs = make_inputs(plan.inputs)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    args, kwargs = _to(args, device), _to(kwargs, device)
+    return kwargs or args
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {k: _to(v, device) for k, v in value.items()}
+    return tuple(_to(v, device) for v in value) if isinstance(value, tuple) else value
+
+
+def _captured(model: nn.Module) -> bool:
+    return isinstance(model, fx.GraphModule) and all("val" in n.meta for n in model.graph.nodes if n.op != "output")
+
+
+def _with_defaults(
+    passes: Sequence[Pass], ignore: Sequence[Name], round_to: int
+) -> Sequence[Pass]:
+    """Options given for all passes reach those that have them."""
+    if not passes:
+        raise PlanError("passes is empty: say what to do, such as passes=[Prune(ratio=0.5)]")
+    out = []
+    for options in passes:
+        changes: dict[str, Any] = {}
+        if ignore and hasattr(options, "ignore"):
+            changes["ignore"] = (*options.ignore, *ignore)
+        if round_to != 1 and hasattr(options, "round_to"):
+            changes["round_to"] = round_to
+        out.append(replace(options, **changes) if changes else options)  # type: ignore[type-var]
+    return out
+
+
+def _propose(graph: fx.GraphModule, options: Pass, say: Progress) -> tuple[Dependencies, Plan]:
+    say("analysing")
+    deps = analyze(graph)
+    say(f"planning {type(options).__name__}")
+    return deps, options.propose(deps)
+
+
+def _report(
+    before: fx.GraphModule,
+    after: fx.GraphModule,
+    deps: Dependencies | None,
+    whole: Plan,
+    error: float | None,
+) -> Report:
+    assert deps is not None  # there is at least one pass
+    return Report(
+        cost.measure(before),
+        cost.measure(after),
+        _space_rows(deps, whole),
+        layer_rows(before, after),
+        whole,
+        error,
+        _notes(before, deps),
+    )
+
+
+def _space_rows(deps: Dependencies, whole: Plan) -> tuple[SpaceRow, ...]:
+    kept, why = {}, {}
+    stage: Plan | None = whole
+    while stage is not None:
+        kept |= {edit.space: len(edit.keep) for edit in stage.edits}
+        why |= {skip.space: skip.why for skip in stage.skips}
+        stage = stage.then
+    return tuple(
+        SpaceRow(s.name, s.width, kept.get(s.name, s.width), s.layers, "" if s.name in kept else why.get(s.name, ""))
+        for s in deps.spaces
+    )
+
+
+def _notes(graph: fx.GraphModule, deps: Dependencies) -> tuple[str, ...]:
+    notes = [f"no rule: {what}" for what in deps.analysis.unknown.values()]
+    if "train_graph" in graph.meta:
+        notes.append(f"the result has no train mode: {graph.meta['train_graph']}")
+    return tuple(dict.fromkeys(notes))

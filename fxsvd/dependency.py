@@ -1,0 +1,225 @@
+"""Channel spaces: which channels must change together, who writes and reads them, who is frozen.
+
+``analyze`` walks the graph (``fxsvd.analysis``), solves the relations and sorts the channels into
+spaces: channels that live in the same parameter axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import networkx as nx
+import numpy as np
+from torch import fx
+
+from fxsvd.analysis import Analysis, Site
+from fxsvd.coupling import Group, couple
+from fxsvd.relations import Atoms, Channels
+
+
+@dataclass(frozen=True, eq=False)
+class Space:
+    """Channels that live in the same axes of the same parameters.
+
+    Attributes:
+        name: the first producer's parameter (with a running number where it writes several spaces).
+        channels: the channels' numbers, in the order of the first producer's axis.
+        producers: parameter axes that write them.
+        consumers: parameter axes that contract them.
+        followers: parameter axes with one entry per channel in between.
+        frozen: why they cannot go, in words; None where they can.
+    """
+
+    name: str
+    channels: Atoms
+    producers: tuple[Site, ...]
+    consumers: tuple[Site, ...]
+    followers: tuple[Site, ...]
+    frozen: str | None
+
+    @property
+    def width(self) -> int:
+        """The number of channels."""
+        return len(self.channels)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers (or raw parameters) that produce the space."""
+        return tuple(dict.fromkeys(layer_name(site.tensor) for site in self.producers))
+
+    def __str__(self) -> str:
+        """One line: name, width, who writes and reads it, or why it is frozen."""
+        reads = _shortened([layer_name(s.tensor) for s in self.consumers])
+        line = f"{self.name:<40} {self.width:>6}  {_shortened(self.layers)} -> {reads}"
+        return f"{line}  [frozen: {self.frozen}]" if self.frozen else line
+
+
+def layer_name(parameter: str) -> str:
+    """The layer a parameter belongs to; a raw parameter's own name.
+
+    >>> layer_name("layer1.0.conv1.weight"), layer_name("pos_embed")
+    ('layer1.0.conv1', 'pos_embed')
+    """
+    head, _, tail = parameter.rpartition(".")
+    return head if head and tail.partition("_")[0] in ("weight", "bias", "in", "running") else parameter
+
+
+def _shortened(names: Iterable[str], most: int = 3) -> str:
+    unique = list(dict.fromkeys(names))
+    more = f" +{len(unique) - most}" if len(unique) > most else ""
+    return (", ".join(unique[:most]) or "nobody") + more
+
+
+@dataclass(frozen=True, eq=False)
+class Dependencies:
+    """The result of ``analyze``: spaces, and the groups in which their channels go.
+
+    ``print`` it for a table; ``graph`` is the same as a ``networkx.DiGraph`` from producing layers
+    through spaces to consuming layers.
+    """
+
+    analysis: Analysis
+    channels: Channels
+    spaces: tuple[Space, ...]
+    groups: tuple[Group, ...]
+    space_of: Atoms = field(repr=False)
+
+    @cached_property
+    def graph(self) -> nx.DiGraph:
+        """Layers and spaces as nodes, ``writes`` / ``reads`` / ``follows`` as edges."""
+        graph = nx.DiGraph()
+        for space in self.spaces:
+            graph.add_node(space.name, kind="space", width=space.width, frozen=space.frozen)
+            for role, sites in (("writes", space.producers), ("follows", space.followers)):
+                for site in sites:
+                    graph.add_edge(layer_name(site.tensor), space.name, role=role)
+            for site in space.consumers:
+                graph.add_edge(space.name, layer_name(site.tensor), role="reads")
+        return graph
+
+    def space(self, name: str) -> Space:
+        """The space of that name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for space in self.spaces:
+            if space.name == name:
+                return space
+        raise KeyError(name)
+
+    def __str__(self) -> str:
+        """A line per space, the frozen ones last."""
+        live = [str(s) for s in self.spaces if s.frozen is None]
+        frozen = [str(s) for s in self.spaces if s.frozen is not None]
+        return "\n".join(live + frozen)
+
+
+def analyze(graph: fx.GraphModule) -> Dependencies:
+    """Find which channels of a captured graph hang together.
+
+    Args:
+        graph: what ``fxsvd.capture`` returned.
+
+    >>> import torch
+    >>> from fxsvd.capture import capture
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> deps = analyze(capture(net, torch.zeros(2, 4)))
+    >>> [(s.name, s.width, s.frozen) for s in deps.spaces]
+    [('0', 8, None), ('2', 2, "it is the network's output")]
+    """
+    analysis = Analysis(graph).run()
+    channels = analysis.relations.solve()
+    signature = _signatures(analysis, channels)
+    groups = couple(analysis.relations, channels, signature)
+    groups, reasons = _freeze_groups(groups, channels)
+    signature[[c for c in reasons if c not in channels.reasons]] += np.uint64(1)
+    spaces, space_of = _spaces(analysis, channels, signature, reasons)
+    wanted = [g for g in groups if (space_of[g.channels] >= 0).all()]
+    return Dependencies(analysis, channels, spaces, tuple(wanted), space_of)
+
+
+def _signatures(analysis: Analysis, channels: Channels) -> np.ndarray:
+    """A hash per channel of the parameter axes it lives in."""
+    rng = np.random.default_rng(1)
+    signature = np.zeros(channels.count, dtype=np.uint64)
+    for site in analysis.sites:
+        found = np.unique(channels.of[site.atoms])
+        signature[found] += rng.integers(1, 1 << 63, dtype=np.uint64)
+    frozen = np.fromiter(channels.reasons, dtype=np.int64, count=len(channels.reasons))
+    signature[frozen] += np.uint64(1)
+    return signature
+
+
+def _freeze_groups(
+    groups: list[Group], channels: Channels
+) -> tuple[list[Group], dict[int, str]]:
+    """A group with a frozen channel is frozen whole, as is one that cannot take equal steps."""
+    reasons = dict(channels.reasons)
+    live = []
+    for group in groups:
+        members = group.channels.tolist()
+        why = next((reasons[c] for c in members if c in reasons), None)
+        if why is None and group.steps > 1:
+            live.append(group)
+            continue
+        for channel in members:
+            reasons.setdefault(channel, _why_frozen(group, why))
+    return live, reasons
+
+
+def _why_frozen(group: Group, why: str | None) -> str:
+    if why is not None:
+        return f"{group.why}, and a part cannot go: {why}" if group.why else why
+    if len(group.channels) == 1:
+        return "a single channel"
+    return f"{group.why}: parts of {_sizes(group)} channels cannot shrink in step"
+
+
+def _sizes(group: Group) -> str:
+    sizes = sorted({len(cell.channels) for cell in group.cells})
+    return ", ".join(map(str, sizes[:4]))
+
+
+def _spaces(
+    analysis: Analysis, channels: Channels, signature: np.ndarray, reasons: dict[int, str]
+) -> tuple[tuple[Space, ...], Atoms]:
+    """Channels by signature; only those that somebody produces or consumes are spaces."""
+    _, first, kind = np.unique(signature, return_index=True, return_inverse=True)
+    sites_of: dict[int, list[Site]] = {}
+    for site in analysis.sites:
+        for k in np.unique(kind[channels.of[site.atoms]]).tolist():
+            sites_of.setdefault(k, []).append(site)
+    order = np.argsort(kind, kind="stable")
+    members = np.split(order, np.flatnonzero(np.diff(kind[order])) + 1)
+    space_of = np.full(channels.count, -1, dtype=np.int64)
+    spaces: list[Space] = []
+    names: dict[str, int] = {}
+    for k in sorted(range(len(first)), key=lambda k: int(first[k])):
+        by_role = _by_role(sites_of.get(k, []))
+        if by_role["producer"]:
+            space_of[members[k]] = len(spaces)
+            spaces.append(_space(members[k], by_role, reasons, names))
+    return tuple(spaces), space_of
+
+
+def _by_role(sites: list[Site]) -> dict[str, tuple[Site, ...]]:
+    return {
+        role: tuple(s for s in sites if s.role == role)
+        for role in ("producer", "consumer", "follower")
+    }
+
+
+def _space(
+    members: Atoms,
+    sites: dict[str, tuple[Site, ...]],
+    reasons: dict[int, str],
+    names: dict[str, int],
+) -> Space:
+    base = layer_name(sites["producer"][0].tensor)
+    names[base] = names.get(base, 0) + 1
+    name = base if names[base] == 1 else f"{base}#{names[base]}"
+    frozen = next((reasons[c] for c in members.tolist() if c in reasons), None)
+    return Space(name, members, sites["producer"], sites["consumer"], sites["follower"], frozen)

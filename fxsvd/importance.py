@@ -1,0 +1,136 @@
+"""How much a channel matters: one number per channel, summed over all coupled tensors.
+
+Every parameter axis knows its atoms (``fxsvd.analysis``), so a criterion only has to say what one
+entry of a parameter contributes; entries are summed per channel over all tensors of its space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, fx
+
+from fxsvd.analysis import Parameter
+from fxsvd.capture import normalize_inputs
+from fxsvd.dependency import Dependencies
+from fxsvd.errors import PlanError
+
+Scores = npt.NDArray[np.float64]
+Entry = Callable[[Parameter], "Tensor | None"]
+
+
+def magnitude(deps: Dependencies, power: int) -> Scores:
+    """L1 (``power`` 1) or L2 norm over all entries of a channel's coupled tensors.
+
+    Raises:
+        PlanError: a weight is not a finite number.
+    """
+
+    def entry(known: Parameter) -> Tensor | None:
+        if not _learned(known):
+            return None
+        value = known.value.detach()
+        return value.abs() if power == 1 else value.square()
+
+    total = _summed(deps, entry)
+    return total if power == 1 else np.sqrt(total)
+
+
+def norm_scale(deps: Dependencies) -> Scores:
+    """|γ| of the norms in the space; a space without a norm counts by its L2 norm."""
+    layers = {name for name, _ in _norms(deps.analysis.graph)}
+
+    def entry(known: Parameter) -> Tensor | None:
+        return known.value.detach().abs() if known.names[0] in layers else None
+
+    scale, size = _summed(deps, entry), magnitude(deps, 2)
+    normed = {int(s) for s in np.unique(deps.space_of[scale > 0])}
+    use = np.isin(deps.space_of, list(normed))
+    return np.where(use, scale, size)
+
+
+def _norms(graph: fx.GraphModule) -> Iterable[tuple[str, Tensor]]:
+    for path, module in graph.named_modules():
+        if "Norm" in type(module).__name__ and isinstance(getattr(module, "weight", None), Tensor):
+            yield f"{path}.weight", module.weight
+
+
+def taylor(deps: Dependencies, loss: Any, data: Iterable[Any] | None) -> Scores:
+    """First-order Taylor: |Σ w ∂L/∂w| per channel, gradients summed over the data.
+
+    P. Molchanov et al., *Importance Estimation for Neural Network Pruning*, 2019, eq. 8.
+
+    Raises:
+        PlanError: no loss or no data was given.
+    """
+    if loss is None or data is None:
+        raise PlanError("criterion='taylor' needs loss=(output, target) -> scalar and data=batches")
+    with _gradients(deps.analysis.graph, loss, data) as gradients:
+
+        def entry(known: Parameter) -> Tensor | None:
+            gradient = gradients.get(id(known.value))
+            return None if gradient is None else known.value.detach() * gradient
+
+        return np.abs(_summed(deps, entry))
+
+
+@contextmanager
+def _gradients(graph: fx.GraphModule, loss: Any, data: Iterable[Any]) -> Any:
+    """Gradients by parameter identity; the network's own ``.grad`` stay as they are."""
+    parameters = [p for p in graph.parameters() if p.requires_grad]
+    sums: dict[int, Tensor] = {}
+    training = graph.training
+    graph.train(False)
+    try:
+        for inputs, target in data:
+            args, kwargs = normalize_inputs(inputs)
+            value = loss(graph(*args, **kwargs), target)
+            found = torch.autograd.grad(value, parameters, allow_unused=True)
+            for p, g in zip(parameters, found, strict=True):
+                if g is not None:
+                    sums[id(p)] = sums[id(p)] + g if id(p) in sums else g
+    finally:
+        graph.train(training)
+    if not sums:
+        raise PlanError("criterion='taylor' got no batch from its data")
+    yield sums
+
+
+def random(deps: Dependencies, seed: int) -> Scores:
+    """Uniform numbers from a seed."""
+    return np.random.default_rng(seed).random(deps.channels.count)
+
+
+def _learned(known: Parameter) -> bool:
+    return isinstance(known.value, torch.nn.Parameter)
+
+
+def _summed(deps: Dependencies, entry: Entry) -> Scores:
+    """Sum an entry-wise contribution over every channel's coupled tensors."""
+    out = np.zeros(deps.channels.count)
+    for known in deps.analysis.parameters.values():
+        value = entry(known) if known.type.blocks else None
+        if value is not None:
+            _add(out, deps, known, value)
+    return out
+
+
+def _add(out: Scores, deps: Dependencies, known: Parameter, value: Tensor) -> None:
+    """Reduce dimensions without channels once, then the rest for each block."""
+    held = {d for b in known.type.blocks for d in b.dims}
+    spare = [d for d in range(value.dim()) if d not in held]
+    value = value.sum(spare, keepdim=True) if spare else value
+    for block in known.type.blocks:
+        other = [d for d in range(value.dim()) if d not in block.dims]
+        kept = value.sum(other) if other else value
+        order = np.argsort(np.argsort(block.dims)).tolist()
+        numbers = kept.permute(order).double().cpu().numpy().ravel()
+        if not np.isfinite(numbers).all():
+            raise PlanError(f"{known.names[0]} holds numbers that are not finite")
+        channel = deps.channels.of[block.atoms].ravel()
+        out += np.bincount(channel, numbers, minlength=len(out))

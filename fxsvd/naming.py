@@ -1,0 +1,73 @@
+"""Meaning spaces by name: layers, glob patterns, enclosing modules, or module objects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import TypeVar
+
+from torch import nn
+
+from fxsvd.dependency import Dependencies, Space, layer_name
+from fxsvd.errors import PlanError
+
+Name = str | nn.Module
+Value = TypeVar("Value")
+
+
+def spaces_named(deps: Dependencies, names: Iterable[Name]) -> set[int]:
+    """Numbers of the spaces that any of the names means: by its own name or by a producer's.
+
+    Raises:
+        PlanError: a name means nothing in this network; near names are suggested.
+    """
+    return {i for name in names for i in _spaces_of(deps, name)}
+
+
+def by_name(deps: Dependencies, values: Mapping[str, Value]) -> dict[int, Value]:
+    """A value per space, from a mapping of patterns; the first pattern that matches counts."""
+    out: dict[int, Value] = {}
+    for name, value in values.items():
+        for i in _spaces_of(deps, name):
+            out.setdefault(i, value)
+    return out
+
+
+def _spaces_of(deps: Dependencies, name: Name) -> list[int]:
+    pattern = name if isinstance(name, str) else _path(deps, name)
+    found = [i for i, space in enumerate(deps.spaces) if _means(pattern, space)]
+    if found or _is_known(deps, pattern):
+        return found
+    known = sorted({n for space in deps.spaces for n in _names(space)})
+    near = get_close_matches(pattern, known, 3, 0.4)
+    hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
+    raise PlanError(f"no layer or space is called {pattern!r}{hint}")
+
+
+def _path(deps: Dependencies, module: nn.Module) -> str:
+    for path, candidate in deps.analysis.graph.named_modules():
+        if candidate is module:
+            return path
+    parameters = {id(p): n for n, p in deps.analysis.graph.named_parameters()}
+    for p in module.parameters():
+        if id(p) in parameters:
+            return layer_name(parameters[id(p)])
+    raise PlanError(f"this {type(module).__name__} is no part of the network")
+
+
+def _names(space: Space) -> list[str]:
+    return [space.name, *space.layers, *(site.tensor for site in space.producers)]
+
+
+def _means(pattern: str, space: Space) -> bool:
+    return any(
+        name == pattern or name.startswith(f"{pattern}.") or fnmatchcase(name, pattern)
+        for name in _names(space)
+    )
+
+
+def _is_known(deps: Dependencies, pattern: str) -> bool:
+    """Whether the name is a layer that produces no channels (an activation, say)."""
+    graph = deps.analysis.graph
+    return any(fnmatchcase(path, pattern) for path, _ in graph.named_modules() if path)

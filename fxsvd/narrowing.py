@@ -1,0 +1,137 @@
+"""Which atoms live under a plan, and what that makes of shapes and tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fxsvd.axes import Block, Shape, TensorType
+from fxsvd.dependency import Dependencies, Space
+from fxsvd.edits import Plan, Remap
+from fxsvd.errors import PlanError
+
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Narrowing:
+    """The atoms that stay."""
+
+    atoms: Mask
+
+    @classmethod
+    def of(cls, deps: Dependencies, plan: Plan) -> Narrowing:
+        """The atoms that stay under a plan.
+
+        Raises:
+            PlanError: the plan names spaces or channels that the network does not have, narrows a
+                frozen space, or empties one.
+        """
+        channels = np.ones(deps.channels.count, dtype=bool)
+        spaces = {space.name: space for space in deps.spaces}
+        for edit in plan.edits:
+            space = _space(edit, spaces)
+            gone = np.ones(space.width, dtype=bool)
+            gone[list(edit.keep)] = False
+            channels[space.channels[gone]] = False
+        return cls(channels[deps.channels.of])
+
+    def along(self, t: TensorType, dim: int) -> Mask:
+        """Which indices of a dimension stay (of the first living row, where rows differ)."""
+        alive = np.ones(t.shape[dim], dtype=bool)
+        for block in t.touches((dim,)):
+            alive &= self._along_block(block, dim)
+        return alive
+
+    def _along_block(self, block: Block, dim: int) -> Mask:
+        kept = self.atoms[block.atoms]
+        if len(block.dims) == 1:
+            return kept
+        if dim != block.dims[-1]:
+            axis = block.dims.index(dim)
+            return kept.any(axis=tuple(a for a in range(kept.ndim) if a != axis))
+        rows = kept.reshape(-1, kept.shape[-1])
+        counts = rows.sum(axis=1)
+        living = counts[counts > 0]
+        if living.size == 0 or (living != living[0]).any():
+            raise PlanError("the plan leaves rows of one tensor with unequal numbers of channels")
+        return rows[int(np.argmax(counts > 0))]
+
+    def shape(self, t: TensorType) -> Shape:
+        """The tensor's shape afterwards."""
+        touched = {d for b in t.blocks for d in b.dims}
+        return tuple(
+            int(self.along(t, d).sum()) if d in touched else n for d, n in enumerate(t.shape)
+        )
+
+    def touches(self, t: TensorType) -> bool:
+        """Whether anything of the tensor goes."""
+        return any(not self.atoms[b.atoms].all() for b in t.blocks)
+
+    def mask(self, t: TensorType, block: Block) -> torch.Tensor:
+        """What stays of a block, shaped to broadcast against the tensor."""
+        order = np.argsort(block.dims)
+        kept = self.atoms[block.atoms].transpose(order)
+        shape = [n if d in block.dims else 1 for d, n in enumerate(t.shape)]
+        return torch.from_numpy(np.ascontiguousarray(kept)).reshape(shape)
+
+    def narrow(self, value: torch.Tensor, t: TensorType) -> torch.Tensor:
+        """The tensor with the dead indices left out, bit-identical elsewhere."""
+        picked = value
+        along = [self.along(t, d) for d in range(len(t.shape))]
+        for dim, kept in enumerate(along):
+            if not kept.all() and not _ragged(t, dim):
+                index = torch.from_numpy(np.flatnonzero(kept)).to(value.device)
+                picked = picked.index_select(dim, index)
+        for block in t.blocks:
+            if len(block.dims) > 1 and not self.atoms[block.atoms].all():
+                picked = self._narrow_rows(picked, block, along)
+        return picked
+
+    def _narrow_rows(self, value: torch.Tensor, block: Block, along: list[Mask]) -> torch.Tensor:
+        """Along a block's last dimension, each row keeps indices of its own."""
+        outer = np.ix_(*(np.flatnonzero(along[d]) for d in block.dims[:-1]))
+        kept = self.atoms[block.atoms][outer]
+        if not kept.any(axis=-1).all():
+            raise PlanError("the plan leaves a row of a tensor with no channels")
+        index = np.nonzero(kept)[-1].reshape(*kept.shape[:-1], -1)
+        order = np.argsort(block.dims)
+        dims = [block.dims[i] for i in order]
+        shaped = torch.from_numpy(np.ascontiguousarray(index.transpose(order)))
+        full = list(value.shape)
+        view = [shaped.shape[dims.index(d)] if d in dims else 1 for d in range(value.dim())]
+        full[block.dims[-1]] = shaped.shape[dims.index(block.dims[-1])]
+        index_tensor = shaped.reshape(view).expand(full).to(value.device)
+        return value.gather(block.dims[-1], index_tensor)
+
+    def silence(self, value: torch.Tensor, t: TensorType) -> torch.Tensor:
+        """The tensor in its full shape with zeros where something is dead."""
+        for block in t.blocks:
+            mask = self.mask(t, block).to(value.device)
+            value = torch.where(mask, value, torch.zeros((), dtype=value.dtype, device=value.device))
+        return value
+
+
+def _ragged(t: TensorType, dim: int) -> bool:
+    return any(len(b.dims) > 1 and b.dims[-1] == dim for b in t.blocks)
+
+
+def _space(edit: Remap, spaces: dict[str, Space]) -> Space:
+    if edit.space not in spaces:
+        near = get_close_matches(edit.space, spaces, 3)
+        raise PlanError(f"the network has no space {edit.space!r}; near names: {near}")
+    space = spaces[edit.space]
+    if edit.width != space.width or not all(0 <= k < space.width for k in edit.keep):
+        raise PlanError(
+            f"the plan sees {edit.width} channels in {edit.space!r}, the network {space.width}: "
+            "it was made for another network"
+        )
+    if space.frozen and len(edit.keep) < space.width:
+        raise PlanError(f"{edit.space!r} cannot be narrowed: {space.frozen}")
+    if not edit.keep:
+        raise PlanError(f"the plan leaves {edit.space!r} without a channel")
+    return space

@@ -1,0 +1,127 @@
+"""What happened: sizes before and after, a row per space and per layer, and what stayed and why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+
+from torch import fx, nn
+
+from fxsvd.cost import Cost, metric
+from fxsvd.edits import Plan
+
+
+@dataclass(frozen=True)
+class SpaceRow:
+    """One space: its width before and after, or why it stays."""
+
+    name: str
+    before: int
+    after: int
+    producers: tuple[str, ...]
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer: its weight's shape and its parameters before and after."""
+
+    name: str
+    kind: str
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    parameters_before: int
+    parameters_after: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """The account of one compilation.
+
+    Attributes:
+        before: cost of the original.
+        after: cost of the result.
+        spaces: a row per channel space.
+        layers: a row per layer with parameters.
+        plan: what was applied.
+        error: the largest relative difference that verification met; None where it was off.
+        notes: what a user should know (a graph without a train mode, ops without a rule).
+    """
+
+    before: Cost
+    after: Cost
+    spaces: tuple[SpaceRow, ...]
+    layers: tuple[LayerRow, ...]
+    plan: Plan
+    error: float | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    def __str__(self) -> str:
+        """The report as a table."""
+        return "\n".join([*self._totals(), "", *self._space_lines(), *self._frozen_lines()])
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        return json.dumps(asdict(self), indent=1)
+
+    def _totals(self) -> list[str]:
+        pairs = [
+            ("parameters", self.before.parameters, self.after.parameters),
+            ("MACs", self.before.macs, self.after.macs),
+            ("bytes", self.before.bytes, self.after.bytes),
+            ("activation bytes", self.before.activation_bytes, self.after.activation_bytes),
+        ]
+        lines = [f"{'':<18}{'before':>10}{'after':>10}{'kept':>8}"]
+        lines += [
+            f"{name:<18}{metric(a):>10}{metric(b):>10}{b / a if a else 1:>8.1%}"
+            for name, a, b in pairs
+        ]
+        if self.error is not None:
+            lines.append(f"verified: equals the silenced original to {self.error:.1e} (float64)")
+        return lines + [f"note: {note}" for note in self.notes]
+
+    def _space_lines(self) -> list[str]:
+        rows = [r for r in self.spaces if r.after < r.before]
+        width = max((len(r.name) for r in rows), default=5)
+        head = [f"{'space':<{width}}  {'before':>6}  {'after':>6}  written by"] if rows else []
+        return head + [
+            f"{r.name:<{width}}  {r.before:>6}  {r.after:>6}  {_some(r.producers)}" for r in rows
+        ]
+
+    def _frozen_lines(self) -> list[str]:
+        rows = [r for r in self.spaces if r.after == r.before]
+        lines = [f"  {r.name} ({r.before}): {r.why}" for r in rows]
+        return ["", "not narrowed:", *lines] if rows else []
+
+
+def _some(names: Iterable[str], most: int = 3) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" +{len(names) - most}" if len(names) > most else "")
+
+
+def layer_rows(before: fx.GraphModule, after: fx.GraphModule) -> tuple[LayerRow, ...]:
+    """A row per layer that holds parameters of its own."""
+    twins = dict(after.named_modules())
+    return tuple(
+        LayerRow(
+            name or type(module).__name__,
+            type(module).__name__,
+            _weight_shape(module),
+            _weight_shape(twins[name]),
+            _own(module),
+            _own(twins[name]),
+        )
+        for name, module in before.named_modules()
+        if _own(module) and name in twins
+    )
+
+
+def _own(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters(recurse=False))
+
+
+def _weight_shape(module: nn.Module) -> tuple[int, ...]:
+    first = next(module.parameters(recurse=False))
+    weight = getattr(module, "weight", None)
+    return tuple(weight.shape if isinstance(weight, nn.Parameter) else first.shape)

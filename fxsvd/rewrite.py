@@ -1,0 +1,169 @@
+"""The only mutator: applies a plan to a copy of a graph.
+
+Parameters are narrowed first; the copy is made around the narrowed ones, so the original is never
+touched and never duplicated. Then literals in the graph and attributes of layers follow the types.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import fx, nn
+
+from fxsvd.analysis import attribute, shapes_of_types
+from fxsvd.axes import Shape, TensorType
+from fxsvd.dependency import Dependencies
+from fxsvd.edits import Plan
+from fxsvd.layers import layer_of
+from fxsvd.narrowing import Narrowing
+from fxsvd.rules import LITERALS
+
+
+def rewrite(deps: Dependencies, plan: Plan) -> fx.GraphModule:
+    """A copy of the analysed graph, narrowed by one stage of a plan.
+
+    Args:
+        deps: the analysis of a captured graph.
+        plan: which channels its spaces keep (``plan.then`` is not applied).
+
+    Raises:
+        PlanError: the plan does not fit the network.
+    """
+    narrowing = Narrowing.of(deps, plan)
+    graph = deps.analysis.graph
+    result = copy.deepcopy(graph, _narrowed(deps, narrowing))
+    twin = dict(zip(result.graph.nodes, graph.graph.nodes, strict=True))
+    for node, original in list(twin.items()):
+        _mend(node, original, twin, deps, narrowing)
+    _set_shapes(twin, deps, narrowing)
+    result.graph.lint()
+    result.recompile()
+    return result
+
+
+def _narrowed(deps: Dependencies, narrowing: Narrowing) -> dict[int, Any]:
+    """A deepcopy memo that puts the narrowed parameters in place of the originals."""
+    memo: dict[int, Any] = {}
+    for known in deps.analysis.parameters.values():
+        if narrowing.touches(known.type):
+            with torch.no_grad():
+                value = narrowing.narrow(known.value, known.type)
+            if isinstance(known.value, nn.Parameter):
+                value = nn.Parameter(value, requires_grad=known.value.requires_grad)
+            memo[id(known.value)] = value
+    return memo
+
+
+def _mend(
+    node: fx.Node,
+    original: fx.Node,
+    twin: dict[fx.Node, fx.Node],
+    deps: Dependencies,
+    narrowing: Narrowing,
+) -> None:
+    types = deps.analysis.types
+    if node.op == "call_module":
+        _resize_layer(node, original, types, narrowing)
+    elif node.op in ("call_function", "call_method") and node.target in LITERALS:
+        edit = _Edit(node, original, twin, types, narrowing)
+        if any(narrowing.touches(t) for t in edit.around()):
+            LITERALS[node.target](edit)
+
+
+def _resize_layer(
+    node: fx.Node, original: fx.Node, types: dict[fx.Node, Any], narrowing: Narrowing
+) -> None:
+    module = node.graph.owning_module.get_submodule(str(node.target))  # type: ignore[union-attr]
+    layer = layer_of(module)
+    if layer is None or not original.all_input_nodes:
+        return
+    before = types[original.all_input_nodes[0]]
+    after = _first(types[original])
+    if isinstance(before, TensorType) and after is not None:
+        layer.resize(module, narrowing.shape(before), narrowing.shape(after))
+
+
+def _first(t: Any) -> TensorType | None:
+    return t if isinstance(t, TensorType) else next((x for x in t if isinstance(x, TensorType)), None)
+
+
+@dataclass(frozen=True, eq=False)
+class _Edit:
+    """What a literal's rule sees (``fxsvd.rules.registry.Edit``)."""
+
+    node: fx.Node
+    original: fx.Node
+    twin: dict[fx.Node, fx.Node]
+    types: dict[fx.Node, Any]
+    narrowing: Narrowing
+
+    @property
+    def out(self) -> Any:
+        return self.types[self.original]
+
+    def around(self) -> list[TensorType]:
+        """The types of the inputs and the output."""
+        from fxsvd.analysis import flatten
+
+        return flatten([self.out, *(self.types[n] for n in self.original.all_input_nodes)])
+
+    def type_of(self, arg: Any) -> Any:
+        return self.types[self.twin[arg]] if isinstance(arg, fx.Node) else arg
+
+    def shape(self, t: TensorType) -> Shape:
+        return self.narrowing.shape(t)
+
+    def alive(self, t: TensorType, dim: int) -> npt.NDArray[np.bool_]:
+        return self.narrowing.along(t, dim)
+
+    def size(self, entry: Any, before: int, after: int) -> Any:
+        if before == after:
+            return entry
+        if not isinstance(entry, fx.Node):
+            return after
+        common = math.gcd(before, after)
+        with self.node.graph.inserting_before(self.node):
+            if after // common > 1:
+                entry = self.node.graph.call_function(operator.mul, (entry, after // common))
+            return self.node.graph.call_function(operator.floordiv, (entry, before // common))
+
+    def buffer(self, node: fx.Node, value: torch.Tensor) -> None:
+        path, _, name = str(node.target).rpartition(".")
+        owner = attribute(node.graph.owning_module, path) if path else node.graph.owning_module  # type: ignore[arg-type]
+        setattr(owner, name, value)
+
+
+def _set_shapes(
+    twin: dict[fx.Node, fx.Node], deps: Dependencies, narrowing: Narrowing
+) -> None:
+    """Meta values of the narrowed shapes, the symbolic batch kept."""
+    types = deps.analysis.types
+    for node, original in twin.items():
+        t, value = types[original], original.meta.get("val")
+        node.meta = dict(original.meta)
+        if value is not None and shapes_of_types(t) is not None:
+            node.meta["val"] = _narrowed_value(value, t, narrowing)
+
+
+def _narrowed_value(value: Any, t: Any, narrowing: Narrowing) -> Any:
+    if isinstance(value, torch.Tensor) and isinstance(t, TensorType):
+        if not narrowing.touches(t):
+            return value
+        after = narrowing.shape(t)
+        sizes = [
+            old if a == b else (a if isinstance(old, int) else old * a // b)
+            for old, a, b in zip(value.shape, after, t.shape, strict=True)
+        ]
+        return value.new_empty(sizes)
+    if isinstance(value, (tuple, list)) and isinstance(t, tuple):
+        return type(value)(
+            _narrowed_value(v, s, narrowing) for v, s in zip(value, t, strict=True)
+        )
+    return value

@@ -1,0 +1,418 @@
+"""Data movement: the op applied to the atoms themselves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from fxsvd.axes import (
+    Block,
+    TensorType,
+    combine,
+    dimension,
+    insert,
+    keep_rows_equal,
+    marginal,
+    permute,
+    take,
+)
+from fxsvd.rules.registry import Call, Edit, literals, rule, spellings
+
+VIEWS = spellings("view", "reshape", "unflatten", "view_as", "reshape_as")
+
+
+def flat(sizes: tuple[Any, ...]) -> tuple[Any, ...]:
+    """``f(x, (a, b))`` and ``f(x, a, b)`` mean the same."""
+    return tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
+
+
+@rule(*VIEWS, *spellings("flatten", "ravel", "squeeze", "unsqueeze"))
+def view(call: Call, input: TensorType, *_: Any, **__: Any) -> TensorType:
+    """Anything row-major."""
+    return call.reshape(input, tuple(call.out))
+
+
+@literals(*spellings("view", "reshape"))
+def view_literals(edit: Edit) -> None:
+    """Each written size follows the result's."""
+    first, *rest = edit.node.args
+    sizes = tuple(edit.node.kwargs.get("shape", ())) or flat(tuple(rest))
+    if any(isinstance(size, torch.dtype) for size in sizes):
+        return
+    new = mended(edit, sizes, edit.out.shape, edit.shape(edit.out))
+    edit.node.args, edit.node.kwargs = (first, new), {}
+
+
+@literals(*spellings("unflatten"))
+def unflatten_literals(edit: Edit) -> None:
+    """The sizes of the dimension that is split."""
+    args = {"input": None, **dict(zip(("input", "dim", "sizes"), edit.node.args, strict=False))}
+    args |= edit.node.kwargs
+    dim = dimension(args["dim"], len(edit.type_of(args["input"]).shape))
+    place = slice(dim, dim + len(args["sizes"]))
+    new = mended(edit, args["sizes"], edit.out.shape[place], edit.shape(edit.out)[place])
+    edit.node.args, edit.node.kwargs = (args["input"], args["dim"], new), {}
+
+
+def mended(edit: Edit, sizes: Sequence[Any], before: Sequence[int], after: Sequence[int]) -> Any:
+    """Written sizes, each mended (-1 stays -1)."""
+    return tuple(
+        size if isinstance(size, int) and size < 0 else edit.size(size, b, a)
+        for size, b, a in zip(sizes, before, after, strict=True)
+    )
+
+
+@rule(*spellings("permute"))
+def permute_rule(call: Call, input: TensorType, *dims: Any, **kwargs: Any) -> TensorType:
+    """Dimensions in another order."""
+    order = flat(dims) if dims else kwargs["dims"]
+    return permute(input, [dimension(d, len(input.shape)) for d in order])
+
+
+@rule(*spellings("transpose", "swapaxes", "swapdims"))
+def transpose(call: Call, input: TensorType, dim0: int, dim1: int) -> TensorType:
+    """Two dimensions change places."""
+    rank = len(input.shape)
+    order = list(range(rank))
+    a, b = dimension(dim0, rank), dimension(dim1, rank)
+    order[a], order[b] = order[b], order[a]
+    return permute(input, order)
+
+
+@rule(*spellings("t", "numpy_T", "adjoint"))
+def matrix_transpose(call: Call, input: TensorType) -> TensorType:
+    """The last two dimensions change places."""
+    return transpose(call, input, -2, -1) if len(input.shape) > 1 else input
+
+
+@rule(*spellings("movedim", "moveaxis"))
+def movedim(call: Call, input: TensorType, source: Any, destination: Any) -> TensorType:
+    """Dimensions move to other places, the rest keep their order."""
+    order = np.moveaxis(
+        np.empty(tuple(range(2, 2 + len(input.shape)))), source, destination
+    ).shape
+    return permute(input, [size - 2 for size in order])
+
+
+@rule(getattr)
+def attribute(call: Call, input: TensorType, name: str) -> Any:
+    """``x.T``, ``x.mT``, ``x.data`` and friends."""
+    if name in ("T", "mT", "H", "mH"):
+        rank = len(input.shape)
+        return permute(input, range(rank)[::-1]) if name == "T" else transpose(call, input, -2, -1)
+    if name in ("data", "real"):
+        return input
+    call.freeze(input, f"reads its `.{name}`")
+    return call.fixed()
+
+
+@rule(*spellings("expand", "broadcast_to", "expand_as"))
+def expand(call: Call, input: TensorType, *sizes: Any, **__: Any) -> TensorType:
+    """Dimensions of size one become larger; with no channels yet, the new ones are free to go."""
+    shift = len(call.out) - len(input.shape)
+    for _ in range(shift):
+        input = insert(input, 0)
+    blocks = input.blocks or free_blocks(call, input.shape, flat(sizes))
+    return TensorType(tuple(call.out), blocks)
+
+
+def free_blocks(call: Call, shape: Sequence[int], sizes: Sequence[Any]) -> tuple[Block, ...]:
+    """Fresh atoms where a literal size makes one value many."""
+    literal = _literal_sizes(call, sizes)
+    grown = [d for d, n in enumerate(call.out) if n > 1 and shape[d] == 1 and literal[d]]
+    return tuple(Block((d,), call.relations.fresh(call.out[d]), zero=False) for d in grown)
+
+
+def _literal_sizes(call: Call, sizes: Sequence[Any]) -> list[bool]:
+    if call.node is None:
+        return [isinstance(s, int) for s in sizes] or [False] * len(call.out)
+    written = flat(tuple(call.node.args[1:]))
+    if len(written) != len(call.out):
+        return [False] * len(call.out)
+    return [isinstance(s, int) for s in written]
+
+
+@literals(*spellings("expand", "broadcast_to"))
+def expand_literals(edit: Edit) -> None:
+    """Each written size follows the result's."""
+    first, *rest = edit.node.args
+    sizes = tuple(edit.node.kwargs.get("size", ())) or flat(tuple(rest))
+    new = mended(edit, sizes, edit.out.shape, edit.shape(edit.out))
+    edit.node.args, edit.node.kwargs = (first, *new) if edit.node.op == "call_method" else (first, new), {}
+
+
+@rule(*spellings("repeat", "tile"))
+def repeat(call: Call, input: TensorType, *repeats: Any, **kwargs: Any) -> TensorType:
+    """Copies side by side; a single value made many is free to go."""
+    times = flat(repeats) if repeats else next(iter(kwargs.values()))
+    for _ in range(len(call.out) - len(input.shape)):
+        input = insert(input, 0)
+    times = (1,) * (len(call.out) - len(times)) + tuple(times)
+    if not input.blocks:
+        return TensorType(tuple(call.out), free_blocks(call, input.shape, times))
+    for dim, n in enumerate(times):
+        if n > 1:
+            index = np.tile(np.arange(input.shape[dim]), n)
+            input = take(call.relations, input, dim, index, f"`{call.label}`")
+    return input
+
+
+@literals(*spellings("repeat"))
+def repeat_literals(edit: Edit) -> None:
+    """How often follows the result where a single value is made many."""
+    first, *rest = edit.node.args
+    source = edit.type_of(first)
+    before = (1,) * (len(edit.out.shape) - len(source.shape)) + tuple(source.shape)
+    after = edit.shape(edit.out)
+    new = tuple(
+        edit.size(n, edit.out.shape[d], after[d]) if before[d] == 1 else n
+        for d, n in enumerate(flat(tuple(rest)))
+    )
+    edit.node.args = (first, *new)
+
+
+@rule(*spellings("repeat_interleave"))
+def repeat_interleave(
+    call: Call, input: TensorType, repeats: Any, dim: int | None = None, **_: Any
+) -> TensorType:
+    """Each index several times in a row."""
+    if dim is None or not isinstance(repeats, int):
+        call.freeze(input, "repeats it by a tensor, or flattens it")
+        return call.fixed()
+    dim = dimension(dim, len(input.shape))
+    index = np.repeat(np.arange(input.shape[dim]), repeats)
+    return take(call.relations, input, dim, index, f"`{call.label}`")
+
+
+@rule(*spellings("flip"))
+def flip(call: Call, input: TensorType, *dims: Any) -> TensorType:
+    """Indices in reverse."""
+    for dim in flat(dims):
+        d = dimension(dim, len(input.shape))
+        index = np.arange(input.shape[d])[::-1]
+        input = take(call.relations, input, d, index, f"`{call.label}`")
+    return input
+
+
+@rule(*spellings("roll"))
+def roll(call: Call, input: TensorType, shifts: Any, dims: Any = None) -> TensorType:
+    """Indices rotated."""
+    if dims is None:
+        call.freeze(input, "rolls it flattened")
+        return call.fixed()
+    for shift, dim in _pairs(shifts, dims):
+        d = dimension(dim, len(input.shape))
+        index = np.roll(np.arange(input.shape[d]), shift)
+        input = take(call.relations, input, d, index, f"`{call.label}`")
+    return input
+
+
+def _pairs(shifts: Any, dims: Any) -> list[tuple[Any, Any]]:
+    if isinstance(dims, int):
+        return [(shifts, dims)]
+    return list(zip(shifts if isinstance(shifts, (tuple, list)) else [shifts], dims, strict=True))
+
+
+@literals(*spellings("roll"))
+def roll_literals(edit: Edit) -> None:
+    """A shift by n becomes one by those that are kept among the last n."""
+    names = dict(zip(("input", "shifts", "dims"), edit.node.args, strict=False)) | edit.node.kwargs
+    source = edit.type_of(names["input"])
+    new = []
+    for shift, dim in _pairs(names["shifts"], names["dims"]):
+        alive = edit.alive(source, dimension(dim, len(source.shape)))
+        n = shift % len(alive)
+        new.append(shift if alive.all() else int(alive[len(alive) - n :].sum()))
+    single = isinstance(names["shifts"], int)
+    edit.node.args = (names["input"], new[0] if single else tuple(new), names["dims"])
+    edit.node.kwargs = {}
+
+
+@rule(*spellings("cat", "concat", "concatenate"))
+def cat(call: Call, tensors: Sequence[TensorType], dim: int = 0, **kwargs: Any) -> TensorType:
+    """Indices one after the other along a dimension; the other dimensions meet."""
+    tensors = [t for t in tensors if t.shape != (0,)]
+    return concatenate(call, tensors, dimension(kwargs.get("axis", dim), len(tensors[0].shape)))
+
+
+def concatenate(call: Call, tensors: Sequence[TensorType], dim: int) -> TensorType:
+    """The type of tensors joined along ``dim``."""
+    along = [_along(call, t, dim) for t in tensors]
+    others = [_without(t, dim) for t in tensors]
+    rest = combine(call.relations, others, call._meets()) if len(others) > 1 else others[0]
+    dims = {b.dims for b in along if b}
+    blocks = rest.blocks
+    if dims:
+        blocks = (*blocks, _joined(call, tensors, along, dim, dims))
+    return TensorType(tuple(call.out), blocks)
+
+
+def _along(call: Call, t: TensorType, dim: int) -> Block | None:
+    found = t.touches((dim,))
+    if len(found) > 1:
+        call.fix(t, (dim,), "joins an axis of several kinds")
+        return None
+    return found[0] if found else None
+
+
+def _without(t: TensorType, dim: int) -> TensorType:
+    shape = (*t.shape[:dim], 1, *t.shape[dim + 1 :])
+    return TensorType(shape, tuple(b for b in t.blocks if dim not in b.dims))
+
+
+def _joined(
+    call: Call,
+    tensors: Sequence[TensorType],
+    along: Sequence[Block | None],
+    dim: int,
+    dims: set[tuple[int, ...]],
+) -> Block:
+    """The parts' blocks end to end; parts of fixed width get atoms that stay."""
+    sizes = [t.shape[dim] for t in tensors]
+    if len(dims) > 1 or (None in along and dims != {(dim,)}):
+        parts = [b and marginal(call.relations, b, (dim,)) for b in along]
+        dims = {(dim,)}
+    else:
+        parts = list(along)
+    (order,) = dims
+    atoms = [
+        b.atoms if b else _kept(call, size) for b, size in zip(parts, sizes, strict=True)
+    ]
+    block = Block(
+        order,
+        np.concatenate(atoms, axis=order.index(dim)),
+        all(b is None or b.zero for b in parts),
+    )
+    if len(order) > 1 and order[-1] == dim:
+        keep_rows_equal(call.relations, block, f"`{call.label}` joins rows of equal length")
+    return block
+
+
+def _kept(call: Call, size: int) -> Any:
+    atoms = call.relations.fresh(size)
+    call.relations.freeze(atoms, f"`{call.label}` joins it with a part of fixed width")
+    return atoms
+
+
+@rule(*spellings("stack"))
+def stack(call: Call, tensors: Sequence[TensorType], dim: int = 0) -> TensorType:
+    """A new dimension over several tensors, which meet elementwise."""
+    out = call.combine(*tensors)
+    dim = dimension(dim, len(out.shape) + 1)
+    return replace(insert(out, dim), shape=tuple(call.out))
+
+
+@rule(*spellings("pad"))
+def pad(
+    call: Call, input: TensorType, pad: Sequence[int], mode: str = "constant", value: Any = None
+) -> TensorType:
+    """Constant padding of a channel axis adds channels that nobody produces."""
+    rank = len(input.shape)
+    for k in range(len(pad) // 2):
+        before, after, dim = pad[2 * k], pad[2 * k + 1], rank - 1 - k
+        if (before or after) and input.touches((dim,)):
+            input = _pad_axis(call, input, dim, before, after, mode)
+    zero = not value
+    return TensorType(tuple(call.out), (input if zero else input.with_zero(False)).blocks)
+
+
+def _pad_axis(
+    call: Call, t: TensorType, dim: int, before: int, after: int, mode: str
+) -> TensorType:
+    if input_is_unfit(t, dim, before, after, mode):
+        return call.fix(t, (dim,), "pads it")
+    atoms = t.vector(dim)
+    assert atoms is not None  # unfit otherwise
+    padded = np.concatenate(
+        [call.relations.fresh(before), atoms, call.relations.fresh(after)]
+    )
+    blocks = tuple(replace(b, atoms=padded) if dim in b.dims else b for b in t.blocks)
+    return replace(t, blocks=blocks)
+
+
+def input_is_unfit(t: TensorType, dim: int, before: int, after: int, mode: str) -> bool:
+    """Whether padding this axis is anything but adding constants to a plain vector."""
+    return mode != "constant" or min(before, after) < 0 or t.vector(dim) is None
+
+
+@literals(*spellings("pad"))
+def pad_literals(edit: Edit) -> None:
+    """As many channels are added as are kept of the added ones."""
+    args = list(edit.node.args)
+    written = list(args[1] if len(args) > 1 else edit.node.kwargs["pad"])
+    rank = len(edit.out.shape)
+    for k in range(len(written) // 2):
+        alive = edit.alive(edit.out, rank - 1 - k)
+        before, after = written[2 * k], written[2 * k + 1]
+        if not alive.all():
+            written[2 * k] = int(alive[:before].sum())
+            written[2 * k + 1] = int(alive[len(alive) - after :].sum())
+    if len(args) > 1:
+        edit.node.args = (args[0], tuple(written), *args[2:])
+    else:
+        edit.node.kwargs = {**edit.node.kwargs, "pad": tuple(written)}
+
+
+@rule(*spellings("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_chunk"))
+def split(call: Call, input: TensorType, _how: Any = None, dim: int = 0, **__: Any) -> Any:
+    """Neighbouring indices go to neighbouring results."""
+    d = dimension(dim, len(input.shape))
+    edges = np.cumsum([0, *(size[d] for size in call.out)])
+    return tuple(
+        take(call.relations, input, d, np.arange(a, b), f"`{call.label}`")
+        for a, b in zip(edges[:-1], edges[1:], strict=True)
+    )
+
+
+@literals(*spellings("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_chunk"))
+def split_literals(edit: Edit) -> None:
+    """Explicit sizes wherever equal ones would no longer say the same."""
+    node = edit.node
+    args = dict(zip(("input", "how", "dim"), node.args, strict=False)) | node.kwargs
+    dim = dimension(args.get("dim", 0), len(edit.out[0].shape))
+    before = [t.shape[dim] for t in edit.out]
+    after = [edit.shape(t)[dim] for t in edit.out]
+    if before == after:
+        return
+    chunks = "chunk" in str(getattr(node.target, "__name__", node.target))
+    if chunks and _chunked(sum(after), len(after)) == after:
+        return
+    how = after[0] if _chunked(sum(after), math.ceil(sum(after) / after[0])) == after else after
+    node.target = "split" if node.op == "call_method" else torch.split
+    node.args, node.kwargs = (args["input"], how), {"dim": args.get("dim", 0)}
+
+
+def _chunked(total: int, parts: int) -> list[int]:
+    size = math.ceil(total / parts)
+    return [min(size, total - start) for start in range(0, total, size)]
+
+
+@rule(*spellings("channel_shuffle"))
+def channel_shuffle(call: Call, input: TensorType, groups: int) -> TensorType:
+    """Rows of channels interleaved."""
+    n, c, *rest = input.shape
+    seen = call.reshape(input, (n, groups, c // groups, *rest))
+    turned = permute(seen, [0, 2, 1, *range(3, len(seen.shape))])
+    return call.reshape(turned, tuple(input.shape))
+
+
+@rule(*spellings("pixel_shuffle", "pixel_unshuffle"))
+def pixel_shuffle(
+    call: Call, input: TensorType, upscale_factor: int = 0, downscale_factor: int = 0
+) -> TensorType:
+    """Blocks of ``factor²`` channels turn into pixels, or back."""
+    *batch, c, h, w = input.shape
+    factor = upscale_factor or downscale_factor
+    k, up = len(batch), call.out[-1] > w
+    if up:
+        seen = call.reshape(input, (*batch, c // factor**2, factor, factor, h, w))
+        order = [*range(k), k, k + 3, k + 1, k + 4, k + 2]
+    else:
+        seen = call.reshape(input, (*batch, c, h // factor, factor, w // factor, factor))
+        order = [*range(k), k, k + 2, k + 4, k + 1, k + 3]
+    return call.reshape(permute(seen, order), tuple(call.out))

@@ -1,0 +1,84 @@
+"""Running networks for comparison: in float64, in a given mode, with nothing random."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxsvd.capture import Switch, normalize_inputs
+
+
+def double_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs in float64 with at least two samples; constant ones are replaced by seeded noise."""
+    args, kwargs = normalize_inputs(example_inputs)
+    return _double(tuple(args)), _double(dict(kwargs))
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return _double_tensor(value)
+    if isinstance(value, dict):
+        return {k: _double(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_double(v) for v in value)
+    return value
+
+
+def _double_tensor(value: Tensor) -> Tensor:
+    if value.dim() and value.shape[0] == 1:
+        value = torch.cat([value, value])
+    if value.dim() and value.shape[0] > 3:
+        value = value[:3]
+    if not value.is_floating_point():
+        return value
+    generator = torch.Generator().manual_seed(value.numel())
+    noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.device)
+    return value.double() + noise * (value.double().std() + 0.1 if value.numel() > 1 else 1.0)
+
+
+@contextmanager
+def deterministic(graph: nn.Module, training: bool) -> Iterator[None]:
+    """The mode, with everything random switched off."""
+    before = {m: m.training for m in graph.modules()}
+    graph.train(training)
+    for module in graph.modules():
+        random = "Drop" in type(module).__name__ or "Stochastic" in type(module).__name__
+        rates = isinstance(module, nn.RNNBase | nn.MultiheadAttention) and module.dropout > 0
+        if random or rates or isinstance(module, Switch):
+            module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
+
+
+def run(graph: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+    """One forward pass without gradients."""
+    with torch.no_grad():
+        return graph(*copy.deepcopy(inputs[0]), **copy.deepcopy(inputs[1]))
+
+
+def difference(actual: Any, expected: Any) -> float:
+    """The largest difference of two nests of tensors, relative to the largest expected value."""
+    a, b = _leaves(actual), _leaves(expected)
+    if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
+        return float("inf")
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        if x.numel():
+            scale = max(float(y.detach().abs().max()), 1e-12)
+            worst = max(worst, float((x - y).abs().max()) / scale)
+    return worst
+
+
+def _leaves(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value.double() if not value.is_complex() else torch.view_as_real(value)]
+    items = value.values() if isinstance(value, dict) else value
+    return [t for v in items for t in _leaves(v)] if isinstance(value, (dict, tuple, list)) else []

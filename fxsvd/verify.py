@@ -1,0 +1,213 @@
+"""Translation validation: the narrowed network against the original with dropped channels silenced.
+
+Both run in float64, in eval and in train mode. The reference has the original's shapes: its
+parameters are zeroed where a channel goes, and norms and statistics count the survivors alone
+(``fxsvd.survivors``). Everything else is the original's own code, so a channel that was mispaired
+anywhere shows as a difference. Parameters that are constant (a head that starts at zero) are
+perturbed on both sides, lest they hide one.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxsvd import reference
+from fxsvd.axes import TensorType
+from fxsvd.capture import Switch, capture
+from fxsvd.dependency import Dependencies, analyze
+from fxsvd.edits import Plan, make_inputs
+from fxsvd.errors import PlanError, VerificationError
+from fxsvd.narrowing import Narrowing
+from fxsvd.rewrite import rewrite
+from fxsvd.running import deterministic, difference, double_inputs, run
+
+TOLERANCE = 1e-8
+
+
+def verify(model: nn.Module, small: nn.Module, example_inputs: Any) -> float:
+    """Check that ``small`` computes what its plan promises.
+
+    Args:
+        model: the original.
+        small: what ``compile`` made of it; it must not have been trained since.
+        example_inputs: as for ``compile``.
+
+    Returns:
+        The largest difference met, relative to the largest output.
+
+    Raises:
+        VerificationError: the networks differ.
+        PlanError: ``small`` carries no report.
+    """
+    report = getattr(small, "report", None)
+    if report is None:
+        raise PlanError("verify needs a network that compile returned: it reads its plan")
+    graph, stage, worst = capture(model, example_inputs), report.plan, 0.0
+    while stage is not None:
+        deps = analyze(graph)
+        graph = rewrite(deps, stage)
+        worst = max(worst, verify_rewrite(deps, stage, graph, example_inputs))
+        stage = stage.then
+    inputs, twin = double_inputs(example_inputs), copy.deepcopy(small).double()
+    with deterministic(graph.double(), False), deterministic(twin, False):
+        error = difference(run(twin, inputs), run(graph, inputs))
+    if not error <= TOLERANCE:
+        raise VerificationError(f"the network differs from its plan by {error:.1e} of its output")
+    return max(worst, error)
+
+
+def mask(model: nn.Module, plan: Plan) -> nn.Module:
+    """The original class in its original shapes, with the channels that a plan drops silenced.
+
+    Raises:
+        PlanError: the plan has several stages, says no inputs, or does not fit the model.
+    """
+    if plan.then is not None or plan.inputs is None:
+        raise PlanError("mask takes a plan of one stage that fxsvd.plan made with example inputs")
+    args, kwargs = make_inputs(plan.inputs)
+    deps = analyze(capture(model, kwargs or args, check=False))
+    return reference.mask(model, deps, Narrowing.of(deps, plan))
+
+
+def verify_rewrite(
+    deps: Dependencies, plan: Plan, small: fx.GraphModule, example_inputs: Any
+) -> float:
+    """Compare a narrowed graph with its silenced original.
+
+    Args:
+        deps: the analysis of the original graph.
+        plan: one stage of a plan.
+        small: the original graph, rewritten by the plan.
+        example_inputs: as for ``fxsvd.capture``.
+
+    Returns:
+        The largest difference met, relative to the largest output.
+
+    Raises:
+        VerificationError: the networks differ; the message names the first layer where they do.
+    """
+    narrowing = Narrowing.of(deps, plan)
+    _check_values(deps, narrowing, small)
+    values = _values(deps)
+    silent = reference.silenced(deps, narrowing, values)
+    candidate = _with_values(deps, narrowing, small, values)
+    inputs, worst = double_inputs(example_inputs), 0.0
+    for training in _modes(deps.analysis.graph):
+        with deterministic(silent, training), deterministic(candidate, training):
+            error = difference(run(candidate, inputs), run(silent, inputs))
+            worst = max(worst, error)
+            if not error <= TOLERANCE:
+                where = _first_difference(deps, narrowing, silent, candidate, inputs)
+                raise VerificationError(_message(error, training, where))
+    return worst
+
+
+def _check_values(deps: Dependencies, narrowing: Narrowing, small: fx.GraphModule) -> None:
+    """Every surviving number is bit-identical and under its own name."""
+    tensors = dict(small.named_parameters(remove_duplicate=False))
+    for known in deps.analysis.parameters.values():
+        for name in known.names:
+            expected = narrowing.narrow(known.value.detach(), known.type)
+            if name in tensors and not _identical(tensors[name].detach(), expected):
+                raise VerificationError(f"{name} does not hold the numbers that survive the plan")
+
+
+def _identical(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _values(deps: Dependencies) -> reference.Values:
+    """All parameters and buffers in float64; constant ones perturbed, upwards (variances too)."""
+    generator = torch.Generator().manual_seed(0)
+    values = {}
+    for key, known in deps.analysis.parameters.items():
+        value = known.value.detach()
+        if value.is_floating_point():
+            value = value.double()
+            if value.numel() and bool((value == value.flatten()[0]).all()):
+                noise = torch.rand(value.shape, generator=generator, dtype=torch.float64)
+                value = value + 0.1 * noise.to(value.device)
+        values[key] = value
+    return values
+
+
+def _with_values(
+    deps: Dependencies, narrowing: Narrowing, small: fx.GraphModule, values: reference.Values
+) -> fx.GraphModule:
+    """A float64 copy of the narrowed graph that holds the survivors of ``values``."""
+    tensors = dict(small.named_parameters(remove_duplicate=False))
+    tensors |= dict(small.named_buffers(remove_duplicate=False))
+    memo: dict[int, Any] = {}
+    for key, known in deps.analysis.parameters.items():
+        if known.value.is_floating_point() and known.names[0] in tensors:
+            value = narrowing.narrow(values[key], known.type)
+            memo[id(tensors[known.names[0]])] = reference.like(known.value, value)
+    return copy.deepcopy(small, memo).double()
+
+
+def _modes(graph: fx.GraphModule) -> tuple[bool, ...]:
+    """Eval mode, and train mode where the graph has one and a norm behaves differently in it."""
+    moody = any(isinstance(m, nn.modules.batchnorm._NormBase | Switch) for m in graph.modules())
+    return (False, True) if moody and "train_graph" not in graph.meta else (False,)
+
+
+# ---------------------------------------------------------------- explaining a difference
+
+
+class _Recorder(fx.Interpreter):
+    """Keeps a copy of every node's value (a later in-place op must not change it)."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.values: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        self.values[n.name] = value.clone() if isinstance(value, Tensor) else None
+        return value
+
+
+def _first_difference(
+    deps: Dependencies,
+    narrowing: Narrowing,
+    silent: fx.GraphModule,
+    candidate: fx.GraphModule,
+    inputs: Any,
+) -> str:
+    """The first node whose narrowed value is not what the silenced original computes."""
+    recorders = [_Recorder(silent), _Recorder(candidate)]
+    for recorder in recorders:
+        with torch.no_grad():
+            recorder.run(*_placed(recorder.module, inputs))
+    full, narrow = (r.values for r in recorders)
+    for node, t in deps.analysis.types.items():
+        a, b = full.get(node.name), narrow.get(node.name)
+        if a is None or b is None or not isinstance(t, TensorType):
+            continue
+        try:
+            expected = narrowing.narrow(a, t)
+        except (IndexError, RuntimeError):  # the batch is folded into a channel axis
+            continue
+        if not difference(b, expected) <= TOLERANCE:
+            return f"`{node.name}`"
+    return "the output"
+
+
+def _placed(graph: Any, inputs: Any) -> list[Any]:
+    """Arguments by position, as an interpreter wants them."""
+    args, kwargs = copy.deepcopy(inputs)
+    names = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    rest = names[len(args) :]
+    return [*args, *(kwargs.get(n.target, n.args[0] if n.args else None) for n in rest)]
+
+
+def _message(error: float, training: bool, where: str) -> str:
+    mode = "train" if training else "eval"
+    return (
+        f"the narrowed network differs from the silenced original by {error:.1e} of its output in "
+        f"{mode} mode, first at {where}; please report the model (verify=False skips this check)"
+    )
