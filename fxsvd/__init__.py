@@ -2,7 +2,7 @@
 
 from fxsvd import passes
 from fxsvd.capture import capture
-from fxsvd.compile import apply, compile, plan  # noqa: A004  (fixed public name)
+from fxsvd.compile import apply, compile, plan
 from fxsvd.dependency import Dependencies, Space, analyze
 from fxsvd.edits import Plan, Remap, Skip
 from fxsvd.errors import CaptureError, FxsvdError, PlanError, VerificationError

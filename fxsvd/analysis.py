@@ -127,7 +127,14 @@ class Analysis:
         args, kwargs = self._resolve(node.args), self._resolve(node.kwargs)
         try:
             out = self._dispatch(call, node, args, kwargs)
-        except (TypeError, ValueError, IndexError, KeyError, AssertionError, NotImplementedError) as e:
+        except (
+            TypeError,
+            ValueError,
+            IndexError,
+            KeyError,
+            AssertionError,
+            NotImplementedError,
+        ) as e:
             return self._give_up(call, node, (args, kwargs), f"has a form without a rule ({e})")
         if not _writes(node) and shapes_of_types(out) != _plain(call.out):
             return self._give_up(call, node, (args, kwargs, out), "has a form without a rule")
@@ -175,7 +182,9 @@ class Analysis:
         tensors = dict(module.named_parameters()) | dict(module.named_buffers())
         wanted = layer.operands or tuple(tensors)
         return {
-            name: self.parameter(f"{path}.{name}", tensors[name], _maker(call, module, name, tensors[name]))
+            name: self.parameter(
+                f"{path}.{name}", tensors[name], _maker(call, module, name, tensors[name])
+            )
             for name in wanted
             if name in tensors
         }
@@ -245,7 +254,7 @@ def shapes_of(value: Any) -> Any:
     """Concrete shapes (batch at its hint) of a nest of tensors; other values as they are."""
     if isinstance(value, torch.Tensor):
         return torch.Size([concrete(size) for size in value.shape])
-    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+    if isinstance(value, torch.SymInt):
         return concrete(value)
     if isinstance(value, dict):
         return {k: shapes_of(v) for k, v in value.items()}
@@ -293,6 +302,3 @@ def attribute(root: nn.Module, path: str) -> Any:
     for part in path.split("."):
         value = getattr(value, part)
     return value
-
-
-

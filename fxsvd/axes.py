@@ -207,14 +207,14 @@ def _merge(relations: Relations, merged: list[Block], new: Block, product: bool)
 # ---------------------------------------------------------------- contraction
 
 
-def contract(
-    relations: Relations, t: TensorType, dims: Iterable[int], reason: str
-) -> TensorType:
+def contract(relations: Relations, t: TensorType, dims: Iterable[int], reason: str) -> TensorType:
     """Sum over ``dims`` (they are removed); silenced entries must be zeros to be summed over."""
     gone = set(dims)
     unsafe = {d for b in t.blocks if not b.zero for d in b.dims if d in gone}
     if unsafe:
-        t = fix_dims(relations, t, unsafe, f"{reason} sums over values that are not zero when silent")
+        t = fix_dims(
+            relations, t, unsafe, f"{reason} sums over values that are not zero when silent"
+        )
     kept = [d for d in range(len(t.shape)) if d not in gone]
     blocks = [marginal(relations, b, kept) for b in t.blocks]
     renamed = {d: i for i, d in enumerate(kept)}
@@ -306,7 +306,9 @@ def _tie_rows_below(relations: Relations, block: Block) -> Block:
     """Tie the ragged axis within each row, so that a single index of it has a meaning."""
     if len(block.dims) > 1:
         relations.unify(block.atoms, block.atoms[..., :1])
-        block = replace(block, dims=(block.dims[-1], *block.dims[:-1]), atoms=np.moveaxis(block.atoms, -1, 0))
+        block = replace(
+            block, dims=(block.dims[-1], *block.dims[:-1]), atoms=np.moveaxis(block.atoms, -1, 0)
+        )
     return block
 
 

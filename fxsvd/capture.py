@@ -598,8 +598,8 @@ def _check(model: nn.Module, captured: CapturedModule, args: Any, kwargs: Any) -
         elif difference:
             raise CaptureError(
                 f"the graph differs from {type(model).__name__} at batch size {size}: "
-                f"{difference}. Its forward does something that a graph cannot hold, such as using another batch "
-                "size than that of its inputs, autocast, or NumPy."
+                f"{difference}. Its forward does something that a graph cannot hold, such as "
+                "fixing the batch size, or computing with NumPy."
             )
 
 

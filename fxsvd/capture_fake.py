@@ -52,8 +52,8 @@ def concrete(value: int | torch.SymInt) -> int:
     """
     if isinstance(value, int):
         return value
-    hint: int = value.node.hint
-    return hint
+    node: Any = value.node
+    return int(node.hint)
 
 
 class Fakes:

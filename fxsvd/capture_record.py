@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 import threading
 from collections.abc import Callable, Iterator

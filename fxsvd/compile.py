@@ -29,7 +29,7 @@ class Pass(Protocol):
         """Which channels every space keeps."""
 
 
-def compile(  # noqa: A001  (torch.compile and re.compile set the example)
+def compile(
     model: nn.Module,
     example_inputs: Any,
     *,
@@ -108,7 +108,9 @@ def plan(
     """
     graph = model if _captured(model) else capture(model, example_inputs, check=False)
     assert isinstance(graph, fx.GraphModule)  # both branches
-    described = None if example_inputs is None else describe_inputs(normalize_inputs(example_inputs))
+    described = (
+        None if example_inputs is None else describe_inputs(normalize_inputs(example_inputs))
+    )
     stages: list[Plan] = []
     for options in _with_defaults(passes, ignore, round_to):
         if stages:
@@ -153,12 +155,12 @@ def _to(value: Any, device: torch.device) -> Any:
 
 
 def _captured(model: nn.Module) -> bool:
-    return isinstance(model, fx.GraphModule) and all("val" in n.meta for n in model.graph.nodes if n.op != "output")
+    return isinstance(model, fx.GraphModule) and all(
+        "val" in node.meta for node in model.graph.nodes if node.op != "output"
+    )
 
 
-def _with_defaults(
-    passes: Sequence[Pass], ignore: Sequence[Name], round_to: int
-) -> Sequence[Pass]:
+def _with_defaults(passes: Sequence[Pass], ignore: Sequence[Name], round_to: int) -> Sequence[Pass]:
     """Options given for all passes reach those that have them."""
     if not passes:
         raise PlanError("passes is empty: say what to do, such as passes=[Prune(ratio=0.5)]")
@@ -200,14 +202,21 @@ def _report(
 
 
 def _space_rows(deps: Dependencies, whole: Plan) -> tuple[SpaceRow, ...]:
-    kept, why = {}, {}
+    kept: dict[str, int] = {}
+    why: dict[str, str] = {}
     stage: Plan | None = whole
     while stage is not None:
         kept |= {edit.space: len(edit.keep) for edit in stage.edits}
         why |= {skip.space: skip.why for skip in stage.skips}
         stage = stage.then
     return tuple(
-        SpaceRow(s.name, s.width, kept.get(s.name, s.width), s.layers, "" if s.name in kept else why.get(s.name, ""))
+        SpaceRow(
+            s.name,
+            s.width,
+            kept.get(s.name, s.width),
+            s.layers,
+            "" if s.name in kept else why.get(s.name, ""),
+        )
         for s in deps.spaces
     )
 

@@ -56,10 +56,7 @@ def couple(relations: Relations, channels: Channels, signature: Hashes) -> list[
     """
     rng = np.random.default_rng(0)
     cell_hash = signature.copy()
-    rows = [
-        ([channels.of[row] for row in constraint], why)
-        for constraint, why in relations.rows
-    ]
+    rows = [([channels.of[row] for row in constraint], why) for constraint, why in relations.rows]
     names = _random(rng, channels.count)
     rows = [(sets, why) for sets, why in rows if not _trivial(sets, names)]
     for sets, _ in rows:
@@ -114,7 +111,5 @@ def _groups(cell_of: Atoms, component: Atoms, reason: dict[int, str]) -> list[Gr
     for name, cells in by_component.items():
         divisor = int(np.gcd.reduce([len(c) for c in cells]))
         parts = sorted(cells, key=lambda c: int(c[0]))
-        out.append(
-            Group(tuple(Cell(c, len(c) // divisor) for c in parts), reason.get(name, ""))
-        )
+        out.append(Group(tuple(Cell(c, len(c) // divisor) for c in parts), reason.get(name, "")))
     return sorted(out, key=lambda g: int(g.cells[0].channels[0]))

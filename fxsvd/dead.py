@@ -25,8 +25,12 @@ def dead_channels(deps: Dependencies) -> Mask:
     shift on its way) are zero and zero stays zero up to its readers. Channels that enter the
     statistics of a norm or a mean are never dead: their absence would be noticed.
     """
-    unread, unwritten = _silent(deps, "consumer"), _silent(deps, "producer") & _silent(deps, "shift")
-    return (unread | (unwritten & ~_moved(deps))) & ~_counted(deps)
+    unread, unwritten = (
+        _silent(deps, "consumer"),
+        _silent(deps, "producer") & _silent(deps, "shift"),
+    )
+    dead: Mask = (unread | (unwritten & ~_moved(deps))) & ~_counted(deps)
+    return dead
 
 
 def _silent(deps: Dependencies, role: str) -> Mask:

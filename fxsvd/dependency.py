@@ -63,7 +63,11 @@ def layer_name(parameter: str) -> str:
     ('layer1.0.conv1', 'pos_embed')
     """
     head, _, tail = parameter.rpartition(".")
-    return head if head and tail.partition("_")[0] in ("weight", "bias", "in", "running") else parameter
+    return (
+        head
+        if head and tail.partition("_")[0] in ("weight", "bias", "in", "running")
+        else parameter
+    )
 
 
 def _shortened(names: Iterable[str], most: int = 3) -> str:
@@ -153,9 +157,7 @@ def _signatures(analysis: Analysis, channels: Channels) -> np.ndarray:
     return signature
 
 
-def _freeze_groups(
-    groups: list[Group], channels: Channels
-) -> tuple[list[Group], dict[int, str]]:
+def _freeze_groups(groups: list[Group], channels: Channels) -> tuple[list[Group], dict[int, str]]:
     """A group with a frozen channel is frozen whole, as is one that cannot take equal steps."""
     reasons = dict(channels.reasons)
     live = []

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812  (torch's own spelling)
+from torch.nn import functional as F
 
 Resize = Callable[[Any, tuple[int, ...], tuple[int, ...]], None]
 
@@ -101,16 +101,15 @@ def resize_attention(
 ) -> None:
     """One width inside and outside; the number of heads stays."""
     m.embed_dim = after[-1]
-    packed = m.in_proj_weight is not None
-    m.kdim = after[-1] if packed else m.k_proj_weight.shape[1]
-    m.vdim = after[-1] if packed else m.v_proj_weight.shape[1]
+    m.kdim = after[-1] if m._qkv_same_embed_dim else m.k_proj_weight.shape[1]
+    m.vdim = after[-1] if m._qkv_same_embed_dim else m.v_proj_weight.shape[1]
     m.head_dim = m.embed_dim // m.num_heads
 
 
 def resize_recurrent(m: nn.RNNBase, before: tuple[int, ...], after: tuple[int, ...]) -> None:
     """The hidden size is the recurrence's width."""
-    m.hidden_size = m.weight_hh_l0.shape[1]
-    m.input_size = m.weight_ih_l0.shape[1]
+    m.hidden_size = m.get_parameter("weight_hh_l0").shape[1]
+    m.input_size = m.get_parameter("weight_ih_l0").shape[1]
 
 
 def resize_prelu(m: nn.PReLU, before: tuple[int, ...], after: tuple[int, ...]) -> None:
@@ -214,7 +213,14 @@ for _name in (
     *("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "Identity"),
 ):
     row(getattr(nn, _name), op=F.relu)
-for _name in ("Sigmoid", "Hardsigmoid", "LogSigmoid", "Softplus", "AlphaDropout", "FeatureAlphaDropout"):
+for _name in (
+    "Sigmoid",
+    "Hardsigmoid",
+    "LogSigmoid",
+    "Softplus",
+    "AlphaDropout",
+    "FeatureAlphaDropout",
+):
     row(getattr(nn, _name), op=F.logsigmoid)
 for _k in (1, 2, 3):
     for _name in ("AvgPool", "MaxPool", "LPPool", "AdaptiveAvgPool", "AdaptiveMaxPool"):

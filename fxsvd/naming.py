@@ -46,6 +46,7 @@ def _spaces_of(deps: Dependencies, name: Name) -> list[int]:
 
 
 def _path(deps: Dependencies, module: nn.Module) -> str:
+    path: str
     for path, candidate in deps.analysis.graph.named_modules():
         if candidate is module:
             return path

@@ -48,18 +48,19 @@ class Narrowing:
         return alive
 
     def _along_block(self, block: Block, dim: int) -> Mask:
-        kept = self.atoms[block.atoms]
+        kept: Mask = self.atoms[block.atoms]
         if len(block.dims) == 1:
             return kept
         if dim != block.dims[-1]:
-            axis = block.dims.index(dim)
-            return kept.any(axis=tuple(a for a in range(kept.ndim) if a != axis))
+            lines = np.moveaxis(kept, block.dims.index(dim), 0)
+            return np.any(lines.reshape(len(lines), -1), axis=1)
         rows = kept.reshape(-1, kept.shape[-1])
         counts = rows.sum(axis=1)
         living = counts[counts > 0]
         if living.size == 0 or (living != living[0]).any():
             raise PlanError("the plan leaves rows of one tensor with unequal numbers of channels")
-        return rows[int(np.argmax(counts > 0))]
+        first: Mask = rows[int(np.argmax(counts > 0))]
+        return first
 
     def shape(self, t: TensorType) -> Shape:
         """The tensor's shape afterwards."""
@@ -112,7 +113,9 @@ class Narrowing:
         """The tensor in its full shape with zeros where something is dead."""
         for block in t.blocks:
             mask = self.mask(t, block).to(value.device)
-            value = torch.where(mask, value, torch.zeros((), dtype=value.dtype, device=value.device))
+            value = torch.where(
+                mask, value, torch.zeros((), dtype=value.dtype, device=value.device)
+            )
         return value
 
 

@@ -37,7 +37,9 @@ def silenced(deps: Dependencies, narrowing: Narrowing, values: Values) -> fx.Gra
         value = narrowing.silence(values[id(known.value)], known.type)
         memo[id(known.value)] = like(known.value, value)
     graph = copy.deepcopy(deps.analysis.graph, memo).double()
-    for node, original in zip(list(graph.graph.nodes), deps.analysis.graph.graph.nodes, strict=True):
+    for node, original in zip(
+        list(graph.graph.nodes), deps.analysis.graph.graph.nodes, strict=True
+    ):
         _count_survivors(graph, node, original, deps, narrowing)
     graph.recompile()
     return graph
@@ -57,8 +59,8 @@ def mask(model: nn.Module, deps: Dependencies, narrowing: Narrowing) -> nn.Modul
     the model's own code calls as functions keep their statistics.
     """
     result = copy.deepcopy(model)
-    tensors = dict(result.named_parameters(remove_duplicate=False))
-    tensors |= dict(result.named_buffers(remove_duplicate=False))
+    tensors: dict[str, Tensor] = dict(result.named_parameters(remove_duplicate=False))
+    tensors |= result.named_buffers(remove_duplicate=False)
     with torch.no_grad():
         for known in deps.analysis.parameters.values():
             if known.names[0] in tensors and narrowing.touches(known.type):
@@ -72,7 +74,7 @@ def mask(model: nn.Module, deps: Dependencies, narrowing: Narrowing) -> nn.Modul
 
 def _patch_norm(module: nn.Module, survivors: _Mask) -> None:
     if isinstance(module, tuple(LAYER_NORMS)):
-        module.forward = partial(_norm_forward, module, survivors)  # type: ignore[method-assign]
+        module.forward = partial(_norm_forward, module, survivors)
 
 
 def _norm_forward(module: nn.Module, survivors: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

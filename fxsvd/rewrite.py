@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import fx, nn
 
-from fxsvd.analysis import attribute, shapes_of_types
+from fxsvd.analysis import attribute, flatten, shapes_of_types
 from fxsvd.axes import Shape, TensorType
 from fxsvd.dependency import Dependencies
 from fxsvd.edits import Plan
@@ -91,7 +91,9 @@ def _resize_layer(
 
 
 def _first(t: Any) -> TensorType | None:
-    return t if isinstance(t, TensorType) else next((x for x in t if isinstance(x, TensorType)), None)
+    return (
+        t if isinstance(t, TensorType) else next((x for x in t if isinstance(x, TensorType)), None)
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,8 +112,6 @@ class _Edit:
 
     def around(self) -> list[TensorType]:
         """The types of the inputs and the output."""
-        from fxsvd.analysis import flatten
-
         return flatten([self.out, *(self.types[n] for n in self.original.all_input_nodes)])
 
     def type_of(self, arg: Any) -> Any:
@@ -140,9 +140,7 @@ class _Edit:
         setattr(owner, name, value)
 
 
-def _set_shapes(
-    twin: dict[fx.Node, fx.Node], deps: Dependencies, narrowing: Narrowing
-) -> None:
+def _set_shapes(twin: dict[fx.Node, fx.Node], deps: Dependencies, narrowing: Narrowing) -> None:
     """Meta values of the narrowed shapes, the symbolic batch kept."""
     types = deps.analysis.types
     for node, original in twin.items():
@@ -163,7 +161,5 @@ def _narrowed_value(value: Any, t: Any, narrowing: Narrowing) -> Any:
         ]
         return value.new_empty(sizes)
     if isinstance(value, (tuple, list)) and isinstance(t, tuple):
-        return type(value)(
-            _narrowed_value(v, s, narrowing) for v, s in zip(value, t, strict=True)
-        )
+        return type(value)(_narrowed_value(v, s, narrowing) for v, s in zip(value, t, strict=True))
     return value

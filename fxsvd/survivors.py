@@ -2,8 +2,8 @@
 
 A layer norm over a narrowed space takes its mean over fewer channels; silencing the others with
 zeros would not show that. These functions say exactly what is meant: each takes the input, a mask
-(broadcastable, True where a channel stays), and then the op's own arguments; what they return is zero
-where a channel is dead.
+(broadcastable, True where a channel stays), and then the op's own arguments; what a norm returns is
+zero where a channel is dead.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 
 def _dims(args: tuple[Any, ...], kwargs: dict[str, Any], rank: int) -> tuple[Any, bool]:
     dim = kwargs.get("dim", args[0] if args and not isinstance(args[0], bool) else None)
-    keepdim = kwargs.get("keepdim", args[-1] if len(args) > 1 and isinstance(args[-1], bool) else False)
-    return (tuple(range(rank)) if dim is None else dim), bool(keepdim)
+    last = args[-1] if len(args) > 1 and isinstance(args[-1], bool) else False
+    return (tuple(range(rank)) if dim is None else dim), bool(kwargs.get("keepdim", last))
 
 
 def mean(x: Tensor, mask: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -139,8 +139,8 @@ def _with_values(
     deps: Dependencies, narrowing: Narrowing, small: fx.GraphModule, values: reference.Values
 ) -> fx.GraphModule:
     """A float64 copy of the narrowed graph that holds the survivors of ``values``."""
-    tensors = dict(small.named_parameters(remove_duplicate=False))
-    tensors |= dict(small.named_buffers(remove_duplicate=False))
+    tensors: dict[str, Tensor] = dict(small.named_parameters(remove_duplicate=False))
+    tensors |= small.named_buffers(remove_duplicate=False)
     memo: dict[int, Any] = {}
     for key, known in deps.analysis.parameters.items():
         if known.value.is_floating_point() and known.names[0] in tensors:

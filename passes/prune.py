@@ -94,7 +94,7 @@ class Prune:
 
     def _ratios(self, deps: Dependencies) -> tuple[Scores, dict[int, str]]:
         """A ratio per space, and why it is 0 where it is."""
-        ratios = np.zeros(len(deps.spaces) + 1)
+        ratios: Scores = np.zeros(len(deps.spaces) + 1)
         if isinstance(self.ratio, Mapping):
             wanted: dict[int, float] = by_name(deps, self.ratio)
             why = "no pattern of `ratio` matches it"
@@ -115,7 +115,7 @@ class Prune:
         """Scores per channel (low goes first) and how many steps each group takes."""
         if self.criterion == "dead":
             dead = dead_channels(deps)
-            return 1.0 - dead, [_all_dead(group, dead) for group, _ in live]
+            return (~dead).astype(np.float64), [_all_dead(group, dead) for group, _ in live]
         scores = self._score(deps)
         if self.scope == "global":
             return scores, _global(live, scores)
@@ -156,7 +156,9 @@ def _global(live: list[tuple[Group, float]], scores: Scores) -> list[int]:
 
 
 def _step_scores(cell: Cell, scores: Scores) -> Scores:
-    return np.sort(scores[cell.channels]).reshape(-1, cell.step).mean(axis=1)
+    ranked = np.sort(scores[cell.channels])
+    means: Scores = ranked.reshape(-1, cell.step).mean(axis=1)
+    return means
 
 
 def _rounded(group: Group, count: int, multiple: int, deps: Dependencies) -> int:

@@ -38,8 +38,8 @@ __all__ = [
     "movement",
     "normalization",
     "recurrent",
-    "register_rule",
     "reduction",
+    "register_rule",
     "rule",
     "spatial",
 ]

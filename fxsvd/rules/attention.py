@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
-from torch.nn import functional as F  # noqa: N812  (torch's own spelling)
+from torch.nn import functional as F
 
 from fxsvd.axes import TensorType, take
 from fxsvd.rules.contraction import LETTERS
@@ -96,7 +96,11 @@ def _projections(
     out = []
     for i, (name, x) in enumerate(zip("qkv", (query, key, value), strict=True)):
         index = np.arange(i * width, (i + 1) * width)
-        w = p[f"{name}_proj_weight"] if packed is None else take(call.relations, packed, 0, index, "")
+        w = (
+            p[f"{name}_proj_weight"]
+            if packed is None
+            else take(call.relations, packed, 0, index, "")
+        )
         call.produced(w, (0,))
         call.consumed(w, (1,))
         batch = LETTERS[: len(x.shape) - 1]

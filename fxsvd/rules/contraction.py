@@ -7,7 +7,7 @@ import string
 from typing import Any
 
 import torch
-from torch.nn import functional as F  # noqa: N812  (torch's own spelling)
+from torch.nn import functional as F
 
 from fxsvd.axes import Block, TensorType
 from fxsvd.rules.registry import Call, Edit, literals, rule, spellings
@@ -29,7 +29,10 @@ def linear(
 ) -> TensorType:
     """``x Wᵀ + b``."""
     batch = LETTERS[: len(input.shape) - 1]
-    out = call.einsum([(batch + "Y", input), ("ZY"[-len(weight.shape) :], weight)], batch + "Z"[: len(weight.shape) - 1])
+    out = call.einsum(
+        [(batch + "Y", input), ("ZY"[-len(weight.shape) :], weight)],
+        batch + "Z"[: len(weight.shape) - 1],
+    )
     return out if bias is None else call.combine(out, bias)
 
 
@@ -47,9 +50,7 @@ def matmul(call: Call, input: TensorType, other: TensorType, **_: Any) -> Tensor
 
 
 @rule(*spellings("addmm", "addbmm", "baddbmm", "addmv"))
-def addmm(
-    call: Call, input: TensorType, a: TensorType, b: TensorType, **_: Any
-) -> TensorType:
+def addmm(call: Call, input: TensorType, a: TensorType, b: TensorType, **_: Any) -> TensorType:
     """A matrix product plus something."""
     product = matmul(call, a, b)
     if len(product.shape) > len(call.out):  # addbmm sums over the batch

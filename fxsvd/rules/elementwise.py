@@ -5,10 +5,10 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import numpy as np
 import torch
-from torch.nn import functional as F  # noqa: N812  (torch's own spelling)
 
-from fxsvd.axes import TensorType
+from fxsvd.axes import TensorType, take
 from fxsvd.rules.registry import Call, rule, spellings
 
 KEEPS_ZERO = spellings(
@@ -148,10 +148,6 @@ def glu(call: Call, input: TensorType, dim: int = -1) -> TensorType:
 
 def halves(call: Call, input: TensorType, dim: int) -> TensorType:
     """The two halves of a dimension combined elementwise."""
-    import numpy as np
-
-    from fxsvd.axes import take
-
     half = input.shape[dim] // 2
     a, b = (
         take(call.relations, input, dim, np.arange(start, start + half), f"`{call.label}`")
@@ -166,5 +162,3 @@ def frozen_complex(call: Call, *args: Any, **_: Any) -> Any:
     for t in tensors(*args):
         call.freeze(t, "makes complex numbers of it")
     return call.fixed()
-
-

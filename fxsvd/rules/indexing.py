@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,6 @@ from torch import fx
 
 from fxsvd.axes import TensorType, dimension, insert, pick, take
 from fxsvd.rules.elementwise import tensors
-from fxsvd.rules.movement import flat
 from fxsvd.rules.registry import Call, Edit, literals, rule, spellings
 
 
@@ -45,7 +45,9 @@ def getitem(call: Call, input: Any, index: Any) -> Any:
         call.freeze(input, "picks by a mask")
         return call.fixed()
     if sum(isinstance(part, (TensorType, list)) for _, part in parts) > 1:
-        input = call.fix(input, [d for d, p in parts if isinstance(p, (TensorType, list))], "indexes it")
+        input = call.fix(
+            input, [d for d, p in parts if isinstance(p, (TensorType, list))], "indexes it"
+        )
     return _read(call, input, parts)
 
 
@@ -104,9 +106,7 @@ def _gather(call: Call, t: TensorType, dim: int, index: Any) -> tuple[TensorType
     place = list(range(dim)) + [d - 1 + len(shape) for d in range(dim + 1, len(t.shape))]
     old = [d for d in range(len(t.shape)) if d != dim]
     renamed = dict(zip(old, place, strict=True))
-    blocks = tuple(
-        type(b)(tuple(renamed[d] for d in b.dims), b.atoms, b.zero) for b in t.blocks
-    )
+    blocks = tuple(type(b)(tuple(renamed[d] for d in b.dims), b.atoms, b.zero) for b in t.blocks)
     return TensorType((*t.shape[:dim], *shape, *t.shape[dim + 1 :]), blocks), len(shape) - 1
 
 
@@ -142,8 +142,6 @@ def setitem(call: Call, input: TensorType, index: Any, value: Any) -> None:
 
 def _reading(call: Call, t: TensorType, index: Any) -> Call:
     """A call whose result is the slot that is written."""
-    from dataclasses import replace
-
     probe = torch.empty(t.shape, device="meta")
     shape = probe[_plain(index)].shape
     return replace(call, out=shape)
@@ -266,6 +264,3 @@ def index_select_literals(edit: Edit) -> None:
     alive = edit.alive(source, dimension(dim, len(source.shape)))
     if not alive.all() and isinstance(index, fx.Node):
         mend_buffer(edit, index, alive)
-
-
-__all__ = ["buffer_of", "entries", "flat", "getitem", "sliced"]

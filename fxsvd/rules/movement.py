@@ -93,9 +93,7 @@ def matrix_transpose(call: Call, input: TensorType) -> TensorType:
 @rule(*spellings("movedim", "moveaxis"))
 def movedim(call: Call, input: TensorType, source: Any, destination: Any) -> TensorType:
     """Dimensions move to other places, the rest keep their order."""
-    order = np.moveaxis(
-        np.empty(tuple(range(2, 2 + len(input.shape)))), source, destination
-    ).shape
+    order = np.moveaxis(np.empty(tuple(range(2, 2 + len(input.shape)))), source, destination).shape
     return permute(input, [size - 2 for size in order])
 
 
@@ -143,7 +141,10 @@ def expand_literals(edit: Edit) -> None:
     first, *rest = edit.node.args
     sizes = tuple(edit.node.kwargs.get("size", ())) or flat(tuple(rest))
     new = mended(edit, sizes, edit.out.shape, edit.shape(edit.out))
-    edit.node.args, edit.node.kwargs = (first, *new) if edit.node.op == "call_method" else (first, new), {}
+    edit.node.args, edit.node.kwargs = (
+        (first, *new) if edit.node.op == "call_method" else (first, new),
+        {},
+    )
 
 
 @rule(*spellings("repeat", "tile"))
@@ -280,9 +281,7 @@ def _joined(
     else:
         parts = list(along)
     (order,) = dims
-    atoms = [
-        b.atoms if b else _kept(call, size) for b, size in zip(parts, sizes, strict=True)
-    ]
+    atoms = [b.atoms if b else _kept(call, size) for b, size in zip(parts, sizes, strict=True)]
     block = Block(
         order,
         np.concatenate(atoms, axis=order.index(dim)),
@@ -328,9 +327,7 @@ def _pad_axis(
         return call.fix(t, (dim,), "pads it")
     atoms = t.vector(dim)
     assert atoms is not None  # unfit otherwise
-    padded = np.concatenate(
-        [call.relations.fresh(before), atoms, call.relations.fresh(after)]
-    )
+    padded = np.concatenate([call.relations.fresh(before), atoms, call.relations.fresh(after)])
     blocks = tuple(replace(b, atoms=padded) if dim in b.dims else b for b in t.blocks)
     return replace(t, blocks=blocks)
 

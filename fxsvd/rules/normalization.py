@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.nn import functional as F  # noqa: N812  (torch's own spelling)
+from torch.nn import functional as F
 
 from fxsvd.axes import TensorType, fix_dims
 from fxsvd.rules.contraction import vector_on
@@ -36,7 +36,8 @@ def instance_norm(call: Call, input: TensorType, *parameters: Any, **kwargs: Any
     """As batch norm, by sample."""
     names = ("running_mean", "running_var", "weight", "bias")
     given = dict(zip(names, parameters, strict=False)) | kwargs
-    return batch_norm(call, input, *(given.get(name) for name in names))
+    out: TensorType = batch_norm(call, input, *(given.get(name) for name in names))
+    return out
 
 
 @rule(F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm)

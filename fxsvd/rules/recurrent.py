@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -92,8 +93,6 @@ def _side_by_side(call: Call, sides: list[TensorType]) -> TensorType:
         return sides[0]
     dim = len(sides[0].shape) - 1
     shape = torch.Size((*sides[0].shape[:dim], 2 * sides[0].shape[dim]))
-    from dataclasses import replace
-
     return concatenate(replace(call, out=shape), sides, dim)
 
 

@@ -20,10 +20,15 @@ Rule = Callable[..., Any]
 
 
 class Edit(Protocol):
-    """What a literal's rule is given: the node to mend, and what is known of the narrowed tensors."""
+    """What a literal's rule is given: a node to mend, and what is known of the narrowed tensors."""
 
-    node: fx.Node
-    out: Any
+    @property
+    def node(self) -> Any:
+        """The ``fx.Node`` of the copy (its arguments are nested too freely for a static type)."""
+
+    @property
+    def out(self) -> Any:
+        """The type of the node's result."""
 
     def type_of(self, arg: Any) -> Any:
         """The type of an argument of the node."""
@@ -93,9 +98,7 @@ class Call:
         for names, t in operands:
             others = {c for n, o in operands if o is not t for c in n}
             self.consumed(t, [i for i, c in enumerate(names) if c not in output])
-            self.produced(
-                t, [i for i, c in enumerate(names) if c in output and c not in others]
-            )
+            self.produced(t, [i for i, c in enumerate(names) if c in output and c not in others])
         return einsum(self.relations, operands, output, self._meets())
 
     def reshape(self, t: TensorType, shape: Shape) -> TensorType:
@@ -124,8 +127,7 @@ def spellings(*names: str) -> list[Key]:
     for name in names:
         for variant in (name, f"{name}_"):
             for home in (torch, torch.nn.functional, torch.special, torch.linalg):
-                if callable(found := getattr(home, variant, None)):
-                    keys.append(found)
+                keys += [found] if callable(found := getattr(home, variant, None)) else []
             if hasattr(torch.Tensor, variant):
                 keys.append(variant)
     return list(dict.fromkeys(keys))
@@ -143,8 +145,8 @@ def register_rule(*keys: Key) -> Callable[[Rule], Rule]:
         *keys: the functions (or names of tensor methods) that the rule is for.
 
     Returns:
-        A decorator for ``rule(call, *args, **kwargs)``: it is given a ``Call`` and the function's own
-        arguments, tensors replaced by their types, and returns the type of the result.
+        A decorator for ``rule(call, *args, **kwargs)``: it is given a ``Call`` and the function's
+        own arguments, tensors replaced by their types, and returns the type of the result.
 
     Raises:
         ValueError: there is a rule already.

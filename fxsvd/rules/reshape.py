@@ -98,7 +98,8 @@ def _one_group(
     if not mine:
         return names, atoms
     rest = [n for n in names if n not in mine]
-    place = len(rest) if names[-1] in mine else next(rest.index(n) for n in rest if _after(names, n, mine[0]))
+    behind = [n for n in rest if names.index(n) > names.index(mine[0])]
+    place = len(rest) if names[-1] in mine else rest.index(behind[0])
     head, tail = rest[:place], rest[place:]
     order = [names.index(n) for n in [*head, *sorted(mine), *tail]]
     atoms = atoms.transpose(order)
@@ -108,10 +109,6 @@ def _one_group(
     atoms = np.broadcast_to(atoms.reshape(*outer, *held, *inner), (*outer, *full, *inner))
     atoms = atoms.reshape(*outer, *(after[d] for d in outside), *inner)
     return [*head, *((1, d) for d in outside), *tail], atoms
-
-
-def _after(names: list[tuple[int, int]], a: tuple[int, int], b: tuple[int, int]) -> bool:
-    return names.index(a) > names.index(b)
 
 
 def _without_constant(

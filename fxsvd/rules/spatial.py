@@ -52,7 +52,7 @@ def grid_sample(call: Call, input: TensorType, grid: TensorType, *_: Any, **__: 
 
 @rule(*spellings("unfold"))
 def unfold(call: Call, input: TensorType, *args: Any, **__: Any) -> TensorType:
-    """``F.unfold``: ``[B, C·k, L]``; ``Tensor.unfold(dim, size, step)``: a window dimension behind."""
+    """``F.unfold``: ``[B, C·k, L]``; ``Tensor.unfold(dim, size, step)``: windows come last."""
     if len(args) == 3 and len(call.out) == len(input.shape) + 1:
         t = call.fix(input, (args[0] % len(input.shape),), "slides along it")
         return TensorType(tuple(call.out), t.blocks)
