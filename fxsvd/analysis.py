@@ -21,6 +21,9 @@ from fxsvd.relations import Atoms, Relations
 from fxsvd.rules import RULES, Call, contraction
 from fxsvd.rules.registry import fixed
 
+# What a rule raises when the call has a form it was not written for.
+UNFIT = (TypeError, ValueError, LookupError, AssertionError, NotImplementedError)
+
 
 @dataclass(eq=False)
 class Site:

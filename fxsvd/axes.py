@@ -4,10 +4,10 @@ A tensor's type is its shape and a few *blocks*. A block is an array of atoms ov
 dimensions: element ``(i, j, …)`` of the tensor along these dimensions belongs to atom
 ``atoms[i, j, …]``. A dimension without a block is *fixed*: nobody may narrow it.
 
-``[B, C, H, W]`` has one block, ``C`` atoms over dimension 1. Seen as heads, ``[B, N, H, D]`` has one
-block of ``H × D`` atoms over dimensions 2 and 3: each head may keep other features, as long as each
-keeps equally many (``Relations.equal_rows``). The last axis of a block is the ragged one: its kept
-indices may differ from row to row. Flattening back merges the axes into one vector again.
+``[B, C, H, W]`` has one block, ``C`` atoms over dimension 1. Seen as heads, ``[B, N, H, D]`` has
+one block of ``H × D`` atoms over dimensions 2 and 3: each head may keep other features, as long as
+each keeps equally many (``Relations.equal_rows``). The last axis of a block is the ragged one: its
+kept indices may differ from row to row. Flattening back merges the axes into one vector again.
 
 One invariant makes rewriting simple: *the narrowed tensor is the original with the dead indices
 left out, in the same order*. Where an op would break it, the axes are tied together first.
@@ -188,13 +188,14 @@ def _in_all(block: Block, types: Sequence[TensorType]) -> bool:
 
 
 def _merge(relations: Relations, merged: list[Block], new: Block, product: bool) -> list[Block]:
-    """Relate a further block to those that share dimensions with it (they are at least as large)."""
+    """Relate a further block to those that share dimensions with it (at least as large)."""
     for place, old in enumerate(merged):
         common = [d for d in new.dims if d in old.dims]
         if not common:
             continue
         a, b = marginal(relations, old, common), marginal(relations, new, common)
-        assert a is not None and b is not None  # both hold the common dimensions
+        assert a is not None  # both hold the common dimensions
+        assert b is not None
         order = [b.dims.index(d) for d in a.dims]
         relations.unify(a.atoms, b.atoms.transpose(order))
         if len(common) == len(new.dims):
@@ -231,7 +232,7 @@ def einsum(
     output: str,
     reason: str,
 ) -> TensorType:
-    """The type of an einsum; one letter per dimension, repeated letters within an operand unified."""
+    """The type of an einsum with one letter per dimension."""
     letters = output + "".join(sorted({c for names, _ in operands for c in names} - set(output)))
     spread = [_spread(relations, names, t, letters, reason) for names, t in operands]
     whole = combine(relations, spread, reason, product=True)
@@ -293,7 +294,8 @@ def pick(relations: Relations, t: TensorType, dim: int, index: int, reason: str)
         relations.freeze(rows.atoms, reason)
         rest = tuple(d for d in block.dims if d != dim)
         if rest:
-            atoms = block.atoms.take(index, axis=block.dims.index(dim))
+            atoms = block.atoms.take([index], axis=block.dims.index(dim))
+            atoms = atoms.squeeze(block.dims.index(dim))
             blocks.append(replace(block, dims=rest, atoms=atoms))
     return TensorType(
         tuple(t.shape[d] for d in kept),

@@ -73,7 +73,7 @@ def _random(rng: np.random.Generator, size: int) -> Hashes:
 
 
 def _trivial(sets: Iterable[Atoms], names: Hashes) -> bool:
-    """Whether all rows hold the same channels equally often, so that any choice keeps them equal."""
+    """Whether all rows hold the same channels equally often: any choice keeps them equal."""
     return len({int(names[row].sum(dtype=np.uint64)) for row in sets}) == 1
 
 

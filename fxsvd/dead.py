@@ -49,7 +49,8 @@ def _silent(deps: Dependencies, role: str) -> Mask:
         channel = deps.channels.of[block.atoms].ravel()
         np.maximum.at(largest, channel, np.nan_to_num(top, nan=np.inf).ravel())
         seen[channel] = True
-    return (largest == 0) & (seen | (role == "shift"))
+    silent: Mask = (largest == 0) & (seen | (role == "shift"))
+    return silent
 
 
 def _role(role: str, tensor: str) -> str:

@@ -42,7 +42,7 @@ def magnitude(deps: Dependencies, power: int) -> Scores:
 
 
 def norm_scale(deps: Dependencies) -> Scores:
-    """|γ| of the norms in the space; a space without a norm counts by its L2 norm."""
+    """Scales of the norms in the space, absolute; a space without a norm counts by its L2 norm."""
     layers = {name for name, _ in _norms(deps.analysis.graph)}
 
     def entry(known: Parameter) -> Tensor | None:

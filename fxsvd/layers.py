@@ -119,7 +119,7 @@ def resize_prelu(m: nn.PReLU, before: tuple[int, ...], after: tuple[int, ...]) -
 
 def resize_unflatten(m: nn.Unflatten, before: tuple[int, ...], after: tuple[int, ...]) -> None:
     """The sizes of the split dimension are written in the layer."""
-    dim = m.dim % len(before) if isinstance(m.dim, int) else 1
+    dim = int(m.dim) % len(before)
     m.unflattened_size = tuple(after[dim : dim + len(m.unflattened_size)])
 
 

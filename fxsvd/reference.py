@@ -1,4 +1,4 @@
-"""The original network with the channels that a plan drops silenced: what a result is compared with."""
+"""The original network with the channels that a plan drops silenced: what a result must equal."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def like(original: Tensor, value: Tensor) -> Tensor:
 def mask(model: nn.Module, deps: Dependencies, narrowing: Narrowing) -> nn.Module:
     """A copy of the model itself, same class and shapes, with the dropped channels silenced.
 
-    Layer, RMS and group norm *layers* over a narrowed space count the channels that stay; norms that
-    the model's own code calls as functions keep their statistics.
+    Layer, RMS and group norm *layers* over a narrowed space count the channels that stay; norms
+    that the model's own code calls as functions keep their statistics.
     """
     result = copy.deepcopy(model)
     tensors: dict[str, Tensor] = dict(result.named_parameters(remove_duplicate=False))

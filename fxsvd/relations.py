@@ -1,4 +1,4 @@
-"""Relations between atoms: who lives and dies together, who cannot go, and which rows stay equally long.
+"""Relations between atoms: who lives and dies together, who stays, which rows are equally long.
 
 An *atom* is an integer that stands for one index of one axis. Rules only append relations, in
 vectorised form; ``solve`` merges the equalities into classes (*channels*) once, at the end.
@@ -51,7 +51,7 @@ class Relations:
         self.frozen.append((atoms.ravel(), reason))
 
     def equal_rows(self, rows: tuple[Atoms, ...] | Atoms, reason: str) -> None:
-        """The rows keep the same fraction of their atoms; a whole row may go where nothing forbids it."""
+        """The rows keep equal shares of their atoms, each counted as often as it occurs."""
         self.rows.append((tuple(row.ravel() for row in rows), reason))
 
     def nest(self, parents: Atoms, children: Atoms) -> None:

@@ -156,7 +156,7 @@ def _narrowed_value(value: Any, t: Any, narrowing: Narrowing) -> Any:
             return value
         after = narrowing.shape(t)
         sizes = [
-            old if a == b else (a if isinstance(old, int) else old * a // b)
+            old if a == b else old * a // b  # a symbolic size stays symbolic
             for old, a, b in zip(value.shape, after, t.shape, strict=True)
         ]
         return value.new_empty(sizes)

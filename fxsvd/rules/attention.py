@@ -91,16 +91,12 @@ def _projections(
 ) -> list[TensorType]:
     """q, k, v from one packed weight, or from three."""
     width = query.shape[-1]
-    packed = p.get("in_proj_weight")
     bias = p.get("in_proj_bias")
     out = []
     for i, (name, x) in enumerate(zip("qkv", (query, key, value), strict=True)):
         index = np.arange(i * width, (i + 1) * width)
-        w = (
-            p[f"{name}_proj_weight"]
-            if packed is None
-            else take(call.relations, packed, 0, index, "")
-        )
+        own = p.get(f"{name}_proj_weight")
+        w = own or take(call.relations, p["in_proj_weight"], 0, index, "")
         call.produced(w, (0,))
         call.consumed(w, (1,))
         batch = LETTERS[: len(x.shape) - 1]

@@ -44,8 +44,8 @@ def _uniform(call: Call, *, zero: bool) -> TensorType:
 
 
 def _sizes(node: torch.fx.Node) -> tuple[Any, ...]:
-    args = node.args[1:] if node.op == "call_method" else node.args
-    written = node.kwargs.get("size", ()) or flat(args)
+    args: Any = node.args[1:] if node.op == "call_method" else node.args
+    written: Any = node.kwargs.get("size", ()) or flat(args)
     if written and isinstance(written[0], (tuple, list)):  # full(size, value)
         written = written[0]
     return tuple(written)

@@ -17,7 +17,7 @@ from fxsvd.rules.registry import Call, Edit, literals, rule, spellings
 
 
 def entries(index: Any, rank: int) -> Iterator[tuple[int, Any]]:
-    """(dimension of the input, entry) pairs with the ellipsis written out; None gets dimension -1."""
+    """Pairs (dimension of the input, entry), the ellipsis written out; None gets dimension -1."""
     parts = list(index) if isinstance(index, tuple) else [index]
     used = sum(_consumes(p) for p in parts if p is not Ellipsis)
     dim = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -184,7 +185,7 @@ def repeat_interleave(
     """Each index several times in a row."""
     if dim is None or not isinstance(repeats, int):
         call.freeze(input, "repeats it by a tensor, or flattens it")
-        return call.fixed()
+        return TensorType(tuple(call.out))
     dim = dimension(dim, len(input.shape))
     index = np.repeat(np.arange(input.shape[dim]), repeats)
     return take(call.relations, input, dim, index, f"`{call.label}`")
@@ -205,7 +206,7 @@ def roll(call: Call, input: TensorType, shifts: Any, dims: Any = None) -> Tensor
     """Indices rotated."""
     if dims is None:
         call.freeze(input, "rolls it flattened")
-        return call.fixed()
+        return TensorType(tuple(call.out))
     for shift, dim in _pairs(shifts, dims):
         d = dimension(dim, len(input.shape))
         index = np.roll(np.arange(input.shape[d]), shift)
@@ -362,7 +363,7 @@ def split(call: Call, input: TensorType, _how: Any = None, dim: int = 0, **__: A
     edges = np.cumsum([0, *(size[d] for size in call.out)])
     return tuple(
         take(call.relations, input, d, np.arange(a, b), f"`{call.label}`")
-        for a, b in zip(edges[:-1], edges[1:], strict=True)
+        for a, b in pairwise(edges)
     )
 
 
