@@ -315,7 +315,7 @@ def _trace(model: nn.Module, fakes: Fakes, args: Any, kwargs: Any, *, training: 
                 result = model(*bound.args, **bound.kwargs)
                 recorder.output(result)
         except Exception as error:
-            raise _explain(error, model, recorder) from error
+            raise _explain(error, model, recorder, str(fakes.symbol)) from error
     return recorder
 
 
@@ -372,7 +372,7 @@ def _untouched(model: nn.Module, *, training: bool) -> Iterator[None]:
                 )
 
 
-def _explain(error: Exception, model: nn.Module, recorder: Recorder) -> CaptureError:
+def _explain(error: Exception, model: nn.Module, recorder: Recorder, symbol: str) -> CaptureError:
     """Says what went wrong, in which module, at which line, and what to do."""
     module = recorder.failed_in or model
     path = recorder.path_of(module)
@@ -381,7 +381,7 @@ def _explain(error: Exception, model: nn.Module, recorder: Recorder) -> CaptureE
     at = f" at {line}" if line else ""
     if isinstance(error, CaptureError):
         return CaptureError(f"in {where}{at}: {error}")
-    kind = type(error).__name__
+    kind, message = type(error).__name__, str(error).replace(symbol, "batch")
     if kind in _DATA_DEPENDENT:
         return CaptureError(
             f"in {where}{at}: the code depends on the values of a tensor (a branch, .item(), or a "
@@ -391,11 +391,11 @@ def _explain(error: Exception, model: nn.Module, recorder: Recorder) -> CaptureE
         )
     if kind in _UNSUPPORTED:
         return CaptureError(
-            f"in {where}{at}: an operation cannot run without data: {error}. Keep this module "
+            f"in {where}{at}: an operation cannot run without data: {message}. Keep this module "
             f"whole: fxsvd.register_layer({type(module).__name__}, ...)."
         )
     return CaptureError(
-        f"in {where}{at}: the model raised {kind}: {error}. Do the example inputs fit the model?"
+        f"in {where}{at}: the model raised {kind}: {message}. Do the example inputs fit the model?"
     )
 
 

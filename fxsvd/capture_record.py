@@ -77,13 +77,14 @@ def _inherits_torch_layer(kind: type[nn.Module]) -> bool:
 
 
 class _Rule(NamedTuple):
-    """How a torch function appears in the graph."""
+    """How a torch function appears in the graph; with two plain arguments, as its `infix`."""
 
     op: str = "call_function"
     target: Any = None
     swapped: bool = False
     mutates: bool = False
     reads: bool = False
+    infix: Any = None
 
 
 def _words(text: str) -> frozenset[str]:
@@ -103,6 +104,19 @@ _OPERATORS = _words(
     "pos invert abs getitem setitem iadd isub imul itruediv ifloordiv imod ipow iand ior ixor "
     "imatmul ilshift irshift"
 )
+# What torch says it is asked for when it is asked for `x + y`.
+_INFIX: dict[str, Callable[..., Any]] = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "div": operator.truediv,
+    "remainder": operator.mod,
+    "matmul": operator.matmul,
+    "bitwise_and": operator.and_,
+    "bitwise_or": operator.or_,
+    "bitwise_xor": operator.xor,
+    **{name: getattr(operator, name) for name in ("lt", "le", "gt", "ge", "ne", "eq")},
+}
 
 
 def _dunders() -> dict[str, _Rule]:
@@ -132,9 +146,13 @@ def _method_rules() -> dict[Any, _Rule]:
             rules[attribute.__get__] = _Rule(target=(getattr, name), reads=reads)
             rules[attribute.__set__] = _Rule(target=(setattr, name), mutates=True)
         elif callable(attribute) and attribute.__hash__ is not None:
-            plain = _Rule("call_method", name, mutates=_mutates(name), reads=name in _READS)
-            rules.setdefault(attribute, dunders.get(name, plain))
+            rules.setdefault(attribute, dunders.get(name) or _method(name))
     return rules
+
+
+def _method(name: str) -> _Rule:
+    reads = name in _READS
+    return _Rule("call_method", name, mutates=_mutates(name), reads=reads, infix=_INFIX.get(name))
 
 
 def _mutates(name: str) -> bool:
@@ -334,13 +352,15 @@ class Recorder(TorchFunctionMode):
     def _record(self, rule: _Rule, args: Any, kwargs: Any, result: Any) -> None:
         if not _holds_tensor(result) and not rule.mutates:
             return
-        target = rule.target
+        op, target = rule.op, rule.target
+        if rule.infix and len(args) == 2 and not kwargs:
+            op, target = "call_function", rule.infix
         if isinstance(target, tuple):
             target, attribute = target
             args = (args[0], attribute, *args[1:2]) if target is setattr else (args[0], attribute)
         if rule.swapped:
             args = args[::-1]
-        self._add(rule.op, target, args, kwargs, result)
+        self._add(op, target, args, kwargs, result)
 
     def _add(
         self,
@@ -565,7 +585,7 @@ class _TrainingSpy:
 @contextmanager
 def intercepted(recorder: Recorder) -> Iterator[None]:
     """Routes module calls and reads of training flags in this thread through a recorder."""
-    original = nn.Module.__call__
+    original, original_from_numpy = nn.Module.__call__, torch.from_numpy
     thread = threading.get_ident()
     compiling = torch.compiler.is_compiling()
 
@@ -574,13 +594,20 @@ def intercepted(recorder: Recorder) -> Iterator[None]:
             return original(module, *args, **kwargs)
         return recorder.call_module(original, module, args, kwargs)
 
+    def from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
+        with unset_fake_temporarily():
+            return original_from_numpy(array)
+
     try:
+        # No torch function mode sees it, and it cannot run in a fake tensor mode.
+        torch.from_numpy = from_numpy
         nn.Module.__call__ = call  # type: ignore[method-assign]
         nn.Module.training = _TrainingSpy(recorder, thread)  # type: ignore[assignment]
         # Models take it as a request for plain tensor code, free of checks of values.
         torch.compiler._is_compiling_flag = True
         yield
     finally:
+        torch.from_numpy = original_from_numpy
         nn.Module.__call__ = original  # type: ignore[method-assign]
         del nn.Module.training
         torch.compiler._is_compiling_flag = compiling

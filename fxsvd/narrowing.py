@@ -53,7 +53,7 @@ class Narrowing:
             return kept
         if dim != block.dims[-1]:
             lines = np.moveaxis(kept, block.dims.index(dim), 0)
-            some: Mask = lines.reshape(len(lines), -1).any(axis=1)
+            some: Mask = np.logical_or.reduce(lines.reshape(len(lines), -1), axis=1)
             return some
         rows = kept.reshape(-1, kept.shape[-1])
         counts = rows.sum(axis=1)

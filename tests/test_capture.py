@@ -414,8 +414,9 @@ def test_tied_weights_and_aliased_modules():
 
 def test_writes_stay_in_order():
     graph = capture(InPlace(), sample(2, 4, 3))
-    order = [t for t in targets(graph) if t in (operator.setitem, operator.iadd, "mul_", torch.add)]
-    assert order == [operator.setitem, operator.iadd, "mul_", torch.add]
+    kinds = operator.setitem, "add_", "mul_", torch.add
+    order = [target for target in targets(graph) if target in kinds]
+    assert order == list(kinds)
     x = sample(2, 4, 3)
     torch.testing.assert_close(pickle.loads(pickle.dumps(graph))(x), InPlace()(x))
 
@@ -538,10 +539,7 @@ def test_the_model_is_left_untouched(fails):
 def test_the_check_finds_what_the_graph_cannot_hold():
     class Counting(nn.Module):
         def forward(self, x):
-            return x * np.float64(x.shape[1] + self.offset())
-
-        def offset(self):
-            return 0 if torch.compiler.is_compiling() else 1
+            return x if torch.compiler.is_compiling() else x + 1
 
     capture(Counting(), sample(2, 3), check=False)
     with pytest.raises(CaptureError, match="differs from Counting at batch size 3"):
