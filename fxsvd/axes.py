@@ -130,10 +130,18 @@ def marginal(relations: Relations, block: Block, dims: Iterable[int]) -> Block |
             block = block if dim in wanted else tie(relations, block, dim)
         return block
     axes = [block.dims.index(d) for d in kept]
+    if axes != list(range(len(axes))):  # an index of theirs means the same in every outer row
+        _keep_all_rows(relations, block)
     children = np.moveaxis(block.atoms, axes, range(len(axes)))
     parents = relations.fresh(*children.shape[: len(axes)])
     relations.nest(parents, children)
     return Block(kept, parents, block.zero)
+
+
+def _keep_all_rows(relations: Relations, block: Block) -> None:
+    rows = relations.fresh(*block.atoms.shape[:-1])
+    relations.freeze(rows, "its rows are numbered the same in every other")
+    relations.nest(rows, block.atoms)
 
 
 # ---------------------------------------------------------------- elementwise
@@ -149,7 +157,7 @@ def combine(
     """
     shape = tuple(np.broadcast_shapes(*(t.shape for t in types)))
     aligned = [_align(t, shape) for t in types]
-    aligned = [_meet_fixed(relations, t, aligned, reason) for t in aligned]
+    aligned = _meet_fixed(relations, aligned, reason)
     if len(aligned) == 1:
         return aligned[0]
     merged: list[Block] = []
@@ -170,16 +178,16 @@ def _align(t: TensorType, shape: Shape) -> TensorType:
 
 
 def _meet_fixed(
-    relations: Relations, t: TensorType, others: Sequence[TensorType], reason: str
-) -> TensorType:
-    fixed = {
-        d
-        for other in others
-        if other is not t
-        for d, size in enumerate(other.shape)
-        if size > 1 and not other.touches((d,)) and t.shape[d] > 1 and t.touches((d,))
-    }
-    return fix_dims(relations, t, fixed, reason) if fixed else t
+    relations: Relations, types: Sequence[TensorType], reason: str
+) -> list[TensorType]:
+    """Fix every dimension that is fixed in any of the types (size one aside: it is broadcast)."""
+    held = [{d for b in t.blocks for d in b.dims} for t in types]
+    wide = [{d for d, size in enumerate(t.shape) if size > 1} for t in types]
+    fixed = set().union(*(w - h for w, h in zip(wide, held, strict=True)))
+    hits = [fixed & w & h for w, h in zip(wide, held, strict=True)]
+    return [
+        fix_dims(relations, t, hit, reason) if hit else t for t, hit in zip(types, hits, strict=True)
+    ]
 
 
 def _in_all(block: Block, types: Sequence[TensorType]) -> bool:
@@ -219,9 +227,12 @@ def contract(relations: Relations, t: TensorType, dims: Iterable[int], reason: s
     kept = [d for d in range(len(t.shape)) if d not in gone]
     blocks = [marginal(relations, b, kept) for b in t.blocks]
     renamed = {d: i for i, d in enumerate(kept)}
+    merged: list[Block] = []
+    for block in sorted((b for b in blocks if b), key=lambda b: -len(b.dims)):
+        merged = _merge(relations, merged, block, True)
     return TensorType(
         tuple(t.shape[d] for d in kept),
-        tuple(replace(b, dims=tuple(renamed[d] for d in b.dims)) for b in blocks if b),
+        tuple(replace(b, dims=tuple(renamed[d] for d in b.dims)) for b in merged),
         t.stored,
     )
 
@@ -271,7 +282,7 @@ def take(relations: Relations, t: TensorType, dim: int, index: Atoms, reason: st
         if dim in block.dims:
             atoms = block.atoms.take(index, axis=block.dims.index(dim))
             block = replace(block, atoms=atoms)
-            if len(block.dims) > 1 and block.dims[-1] == dim:
+            if len(block.dims) > 1 and block.dims[0] != dim:
                 keep_rows_equal(relations, block, reason)
         blocks.append(block)
     blocks = [_squeezed(shape, b) for b in blocks if b.atoms.size > 1]
@@ -316,8 +327,8 @@ def _tie_rows_below(relations: Relations, block: Block) -> Block:
 
 def keep_rows_equal(relations: Relations, block: Block, reason: str) -> None:
     """Every row of a block must keep equally many indices, so that the tensor stays rectangular."""
-    rows = block.atoms.reshape(-1, block.atoms.shape[-1])
-    if len(rows) > 1 and rows.shape[1] > 1:
+    rows = block.atoms.squeeze()
+    if rows.ndim > 1:
         relations.equal_rows(rows, reason)
 
 

@@ -11,6 +11,7 @@ import copy
 import importlib
 import inspect
 import traceback
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -347,6 +348,9 @@ def _require_plain(name: str, value: Any) -> None:
         )
 
 
+_MUTABLE = (dict, list, set, OrderedDict)
+
+
 @contextmanager
 def _untouched(model: nn.Module, *, training: bool) -> Iterator[None]:
     """Sets every module's mode; afterwards restores attributes, and what lists and dicts hold."""
@@ -354,7 +358,7 @@ def _untouched(model: nn.Module, *, training: bool) -> Iterator[None]:
     for module in model.modules():
         state = dict(vars(module))
         contents = {
-            name: copy.copy(value) for name, value in state.items() if type(value) in (dict, list)
+            name: copy.copy(value) for name, value in state.items() if type(value) in _MUTABLE
         }
         saved.append((module, state, contents))
         vars(module)["training"] = training
@@ -367,9 +371,8 @@ def _untouched(model: nn.Module, *, training: bool) -> Iterator[None]:
             for name, content in contents.items():
                 container = state[name]
                 container.clear()
-                container.update(content) if isinstance(content, dict) else container.extend(
-                    content
-                )
+                refill = container.extend if type(content) is list else container.update
+                refill(content)
 
 
 def _explain(error: Exception, model: nn.Module, recorder: Recorder, symbol: str) -> CaptureError:
@@ -525,7 +528,7 @@ def _assemble(
     shells = _Shells(eval_mode=frozen)
     shells.fill(captured, model)
     for name, constant in recorder.constants.items():
-        captured.register_buffer(name, constant, persistent=False)
+        captured.register_buffer(name, constant.detach(), persistent=False)
     for name, switch in switches.items():
         switch.training = captured.training
         captured._modules[name] = switch

@@ -145,7 +145,8 @@ class Fakes:
         """
         inputs: list[Tensor] = []
         try:
-            key = (func, self._key(args, inputs), self._key(kwargs, inputs))
+            dtype = torch.get_default_dtype()
+            key = (func, dtype, self._key(args, inputs), self._key(kwargs, inputs))
         except _NotMemoizable:
             return self._run(func, args, kwargs)
         if mutates or "out" in kwargs:
@@ -231,7 +232,10 @@ class Fakes:
         return fingerprint
 
     def _freeze(self, result: Any, inputs: list[Tensor]) -> Any:
-        """Describes a result such that it can be made again: which are inputs, which are new."""
+        """Describes a result such that it can be made again: which are inputs, which are new.
+
+        A call without tensors in its result may be made for its effect, like setting the grad mode.
+        """
         if isinstance(result, Tensor):
             for position, tensor in enumerate(inputs):
                 if tensor is result:
@@ -241,8 +245,6 @@ class Fakes:
             return self.alias(result)
         if isinstance(result, (tuple, list)):
             return type(result), [self._freeze(item, inputs) for item in result]
-        if type(result) in _PLAIN or isinstance(result, _SYMBOLIC):
-            return _Constant(result)
         raise _NotMemoizable
 
     def _thaw(self, frozen: Any, inputs: list[Tensor]) -> Any:
@@ -250,8 +252,6 @@ class Fakes:
             return self.alias(frozen)
         if isinstance(frozen, int):
             return inputs[frozen]
-        if isinstance(frozen, _Constant):
-            return frozen.value
         kind, items = frozen
         thawed = [self._thaw(item, inputs) for item in items]
         return kind(*thawed) if hasattr(kind, "_fields") else kind(thawed)
@@ -261,13 +261,6 @@ class Fakes:
         # Ten times cheaper than torch.empty_strided, as no symbolic size is computed anew.
         with in_kernel_invocation_manager(self.mode):
             return FakeTensor(self.mode, fake, fake.fake_device)  # type: ignore[attr-defined]
-
-
-class _Constant:
-    """A result that is no tensor, as opposed to the position of an argument."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
 
 
 def _is_simple(tensor: Tensor) -> bool:

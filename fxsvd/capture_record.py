@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 
+from fxsvd.capture_attention import attend, can_write_out
 from fxsvd.capture_fake import Fakes
 from fxsvd.errors import CaptureError
 
@@ -59,6 +60,12 @@ def is_leaf(module: nn.Module) -> bool:
     if kind.__name__.endswith(_STOCHASTIC_DEPTH):
         return not any(True for _ in module.parameters()) and not module._modules
     return _inherits_torch_layer(kind)
+
+
+def is_written_out(module: nn.Module) -> bool:
+    """Whether a layer of torch.nn is recorded as the operations it consists of."""
+    plain = isinstance(module, nn.MultiheadAttention) and not _is_hooked(module)
+    return plain and type(module) not in LEAF_TYPES and can_write_out(module)
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -300,6 +307,8 @@ class Recorder(TorchFunctionMode):
             kwargs: The keyword arguments of the call.
         """
         path = self._paths.get(id(module))
+        if path is not None and not self.inside_leaf and is_written_out(module):
+            return self._enter(attend, module, args, kwargs)
         is_whole = path is not None and module is not self._root and is_leaf(module)
         if not is_whole or self.inside_leaf:
             return self._enter(original, module, args, kwargs)
@@ -394,7 +403,7 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, Tensor):
             self._origins[id(value)] = (node, path)
             self._alive.append(value)
-            if not torch.is_grad_enabled():
+            if node.op.startswith("call") and not torch.is_grad_enabled():
                 self._without_grad.add(id(value))
         elif isinstance(value, dict):
             for key, item in value.items():
@@ -445,7 +454,7 @@ class Recorder(TorchFunctionMode):
         if name is None:
             name = f"_const{len(self.constants)}"
             self._names[id(real)] = name
-            self.constants[name] = real.detach()
+            self.constants[name] = real
         node: fx.Node = self.graph.get_attr(name)
         self._describe(node, fake)
         return node
@@ -587,27 +596,23 @@ def intercepted(recorder: Recorder) -> Iterator[None]:
     """Routes module calls and reads of training flags in this thread through a recorder."""
     original, original_from_numpy = nn.Module.__call__, torch.from_numpy
     thread = threading.get_ident()
-    compiling = torch.compiler.is_compiling()
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() != thread:
             return original(module, *args, **kwargs)
         return recorder.call_module(original, module, args, kwargs)
 
-    def from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
+    def from_numpy(ndarray: Any) -> Tensor:
         with unset_fake_temporarily():
-            return original_from_numpy(array)
+            return original_from_numpy(ndarray)
 
     try:
         # No torch function mode sees it, and it cannot run in a fake tensor mode.
         torch.from_numpy = from_numpy
         nn.Module.__call__ = call  # type: ignore[method-assign]
         nn.Module.training = _TrainingSpy(recorder, thread)  # type: ignore[assignment]
-        # Models take it as a request for plain tensor code, free of checks of values.
-        torch.compiler._is_compiling_flag = True
         yield
     finally:
         torch.from_numpy = original_from_numpy
         nn.Module.__call__ = original  # type: ignore[method-assign]
         del nn.Module.training
-        torch.compiler._is_compiling_flag = compiling

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from fxsvd.relations import Atoms, Channels, Relations
 
 Hashes = npt.NDArray[np.uint64]
+Scores = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +46,14 @@ class Group:
         """All channels of the group."""
         return np.concatenate([cell.channels for cell in self.cells])
 
+    def ranked(self, scores: Scores) -> list[Atoms]:
+        """The channels of each step, lowest scores first (of every cell the next lowest)."""
+        parts = []
+        for cell in self.cells:
+            order = np.argsort(scores[cell.channels], kind="stable")
+            parts.append(cell.channels[order].reshape(self.steps, cell.step))
+        return list(np.concatenate(parts, axis=1))
+
 
 def couple(relations: Relations, channels: Channels, signature: Hashes) -> list[Group]:
     """Group all channels.
@@ -62,6 +71,8 @@ def couple(relations: Relations, channels: Channels, signature: Hashes) -> list[
     for sets, _ in rows:
         for channel_set in sets:
             np.add.at(cell_hash, channel_set, _random(rng, 1))
+    for parents, children in relations.nests:  # of each row something stays
+        np.add.at(cell_hash, channels.of[children], _random(rng, len(parents))[:, None])
     _, cell_of = np.unique(cell_hash, return_inverse=True)
     count = int(cell_of.max()) + 1 if len(cell_of) else 0
     component, reason = _components(count, cell_of, rows)

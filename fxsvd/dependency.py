@@ -138,7 +138,7 @@ def analyze(graph: fx.GraphModule) -> Dependencies:
     channels = analysis.relations.solve()
     signature = _signatures(analysis, channels)
     groups = couple(analysis.relations, channels, signature)
-    groups, reasons = _freeze_groups(groups, channels)
+    groups, reasons = _freeze_groups(groups, channels, _counts_rows(analysis, channels))
     signature[[c for c in reasons if c not in channels.reasons]] += np.uint64(1)
     spaces, space_of = _spaces(analysis, channels, signature, reasons)
     wanted = [g for g in groups if (space_of[g.channels] >= 0).all()]
@@ -150,8 +150,8 @@ def _signatures(analysis: Analysis, channels: Channels) -> np.ndarray:
     rng = np.random.default_rng(1)
     signature = np.zeros(channels.count, dtype=np.uint64)
     for site in analysis.sites:
-        found = np.unique(channels.of[site.atoms])
-        signature[found] += rng.integers(1, 1 << 63, dtype=np.uint64)
+        # A channel that is found several times in an axis is counted once.
+        signature[channels.of[site.atoms]] += rng.integers(1, 1 << 63, dtype=np.uint64)
     frozen = np.fromiter(channels.reasons, dtype=np.int64, count=len(channels.reasons))
     signature[frozen] += np.uint64(1)
     return signature
@@ -164,6 +164,8 @@ def _freeze_groups(groups: list[Group], channels: Channels) -> tuple[list[Group]
     for group in groups:
         members = group.channels.tolist()
         why = next((reasons[c] for c in members if c in reasons), None)
+        if why is None and rows[group.channels].any():
+            why = "it counts rows of channels (heads, groups), each of which keeps some"
         if why is None and group.steps > 1:
             live.append(group)
             continue
@@ -192,7 +194,7 @@ def _spaces(
     _, first, kind = np.unique(signature, return_index=True, return_inverse=True)
     sites_of: dict[int, list[Site]] = {}
     for site in analysis.sites:
-        for k in np.unique(kind[channels.of[site.atoms]]).tolist():
+        for k in _distinct(kind[channels.of[site.atoms]].ravel()):
             sites_of.setdefault(k, []).append(site)
     order = np.argsort(kind, kind="stable")
     members = np.split(order, np.flatnonzero(np.diff(kind[order])) + 1)
@@ -205,6 +207,12 @@ def _spaces(
             space_of[members[k]] = len(spaces)
             spaces.append(_space(members[k], by_role, reasons, names))
     return tuple(spaces), space_of
+
+
+def _distinct(kinds: Atoms) -> set[int]:
+    """The distinct numbers in a vector that consists of a few long runs."""
+    starts = np.flatnonzero(kinds[1:] != kinds[:-1]) + 1
+    return {int(kinds[0]), *kinds[starts].tolist()}
 
 
 def _by_role(sites: list[Site]) -> dict[str, tuple[Site, ...]]:

@@ -96,16 +96,6 @@ def resize_embedding(m: Any, before: tuple[int, ...], after: tuple[int, ...]) ->
     m.embedding_dim = m.weight.shape[1]
 
 
-def resize_attention(
-    m: nn.MultiheadAttention, before: tuple[int, ...], after: tuple[int, ...]
-) -> None:
-    """One width inside and outside; the number of heads stays."""
-    m.embed_dim = after[-1]
-    m.kdim = after[-1] if m._qkv_same_embed_dim else m.k_proj_weight.shape[1]
-    m.vdim = after[-1] if m._qkv_same_embed_dim else m.v_proj_weight.shape[1]
-    m.head_dim = m.embed_dim // m.num_heads
-
-
 def resize_recurrent(m: nn.RNNBase, before: tuple[int, ...], after: tuple[int, ...]) -> None:
     """The hidden size is the recurrence's width."""
     m.hidden_size = m.get_parameter("weight_hh_l0").shape[1]
@@ -121,16 +111,6 @@ def resize_unflatten(m: nn.Unflatten, before: tuple[int, ...], after: tuple[int,
     """The sizes of the split dimension are written in the layer."""
     dim = int(m.dim) % len(before)
     m.unflattened_size = tuple(after[dim : dim + len(m.unflattened_size)])
-
-
-def attention_arguments(
-    m: nn.MultiheadAttention, parameters: dict[str, Any], query: Any, key: Any, value: Any, **_: Any
-) -> dict[str, Any]:
-    """The rule sees the parameters by name."""
-    return {"query": query, "key": key, "value": value, "parameters": parameters} | {
-        "heads": m.num_heads,
-        "extra": m.bias_k is not None or m.add_zero_attn,
-    }
 
 
 def recurrent_arguments(
@@ -194,12 +174,6 @@ row(
 )
 row(nn.LocalResponseNorm, op=F.local_response_norm)
 row(nn.PReLU, op=F.prelu, operands=("weight",), resize=resize_prelu)
-row(
-    nn.MultiheadAttention,
-    op=F.multi_head_attention_forward,
-    arguments=attention_arguments,
-    resize=resize_attention,
-)
 row(
     *(nn.LSTM, nn.GRU, nn.RNN),
     op=torch.lstm,

@@ -38,6 +38,8 @@ class Narrowing:
             gone = np.ones(space.width, dtype=bool)
             gone[list(edit.keep)] = False
             channels[space.channels[gone]] = False
+        if not channels.all():
+            _drop_empty_rows(channels, deps)
         return cls(channels[deps.channels.of])
 
     def along(self, t: TensorType, dim: int) -> Mask:
@@ -118,6 +120,14 @@ class Narrowing:
                 mask, value, torch.zeros((), dtype=value.dtype, device=value.device)
             )
         return value
+
+
+def _drop_empty_rows(channels: Mask, deps: Dependencies) -> None:
+    """A row (a head) whose every channel goes is gone itself, wherever else it counts."""
+    of = deps.channels.of
+    for parents, children in deps.analysis.relations.nests:
+        empty = ~channels[of[children]].any(axis=1)
+        channels[of[parents[empty]]] = False
 
 
 def _ragged(t: TensorType, dim: int) -> bool:

@@ -30,7 +30,7 @@ class Relations:
     count: int = 0
     equal: list[tuple[Atoms, Atoms]] = field(default_factory=list)
     frozen: list[tuple[Atoms, str]] = field(default_factory=list)
-    rows: list[tuple[tuple[Atoms, ...], str]] = field(default_factory=list)
+    rows: list[tuple[tuple[Atoms, ...] | Atoms, str]] = field(default_factory=list)
     nests: list[tuple[Atoms, Atoms]] = field(default_factory=list)
 
     def fresh(self, *shape: int) -> Atoms:
@@ -51,23 +51,53 @@ class Relations:
         self.frozen.append((atoms.ravel(), reason))
 
     def equal_rows(self, rows: tuple[Atoms, ...] | Atoms, reason: str) -> None:
-        """The rows keep equal shares of their atoms, each counted as often as it occurs."""
-        self.rows.append((tuple(row.ravel() for row in rows), reason))
+        """The rows keep equal shares of their atoms, each counted as often as it occurs.
+
+        An array has one row per combination of its leading indices. Where every row turns out to be
+        a single channel, rows go whole: then those one level up keep equal shares.
+        """
+        self.rows.append((rows, reason))
 
     def nest(self, parents: Atoms, children: Atoms) -> None:
         """``parents[i]`` lives exactly while any atom of ``children[i]`` does."""
         self.nests.append((parents.ravel(), children.reshape(parents.size, -1)))
 
     def solve(self) -> Channels:
-        """Merge the equalities into channels and spread the reasons over them."""
+        """Merge the equalities into channels and spread the reasons over them.
+
+        A row that is a single channel is the same channel as what lives exactly while it does.
+        """
+        channels = self._merged()
+        while self._join_single_rows(channels):
+            channels = self._merged()
+        self.rows = [(rows, why) for r, why in self.rows if (rows := _rows(r, channels.of))]
+        return channels
+
+    def _join_single_rows(self, channels: Channels) -> bool:
+        """Unify parents with their only child; whether there were any."""
+        before = len(self.equal)
+        for parents, children in self.nests:
+            above, below = channels.of[parents], channels.of[children]
+            single = (below == below[:, :1]).all(axis=1) & (above != below[:, 0])
+            if single.any():
+                self.unify(parents[single], children[single, 0])
+        return len(self.equal) > before
+
+    def _merged(self) -> Channels:
         labels = _components(self.count, self.equal)
-        roots, of = np.unique(labels, return_inverse=True)
-        of = of.astype(np.int64)
-        reasons: dict[int, str] = {}
-        for atoms, reason in self.frozen:
-            for channel in np.unique(of[atoms]).tolist():
-                reasons.setdefault(channel, reason)
-        return Channels(len(roots), of, reasons)
+        number = np.cumsum(labels == np.arange(self.count)) - 1  # a component's smallest atom counts
+        of = number[labels]
+        count = int(number[-1]) + 1 if self.count else 0
+        return Channels(count, of, self._reasons(count, of))
+
+    def _reasons(self, count: int, of: Atoms) -> dict[int, str]:
+        """The first reason given for each frozen channel."""
+        first = np.full(count, -1)
+        for place in reversed(range(len(self.frozen))):
+            first[of[self.frozen[place][0]]] = place
+        frozen = np.flatnonzero(first >= 0)
+        places = zip(frozen.tolist(), first[frozen].tolist(), strict=True)
+        return {channel: self.frozen[place][1] for channel, place in places}
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +107,15 @@ class Channels:
     count: int
     of: Atoms
     reasons: dict[int, str]
+
+
+def _rows(rows: tuple[Atoms, ...] | Atoms, of: Atoms) -> tuple[Atoms, ...]:
+    """The rows whose lengths matter: without axes along which all is one channel."""
+    if isinstance(rows, tuple):
+        return rows
+    while rows.ndim > 1 and bool((of[rows] == of[rows[..., :1]]).all()):
+        rows = rows[..., 0]
+    return tuple(rows.reshape(-1, rows.shape[-1])) if rows.ndim > 1 else ()
 
 
 def _components(count: int, edges: list[tuple[Atoms, Atoms]]) -> Atoms:

@@ -25,6 +25,8 @@ from fxsvd.layers import layer_of
 from fxsvd.narrowing import Narrowing
 from fxsvd.rules import LITERALS
 
+Made = dict[tuple[Any, ...], torch.Tensor]
+
 
 def rewrite(deps: Dependencies, plan: Plan) -> fx.GraphModule:
     """A copy of the analysed graph, narrowed by one stage of a plan.
@@ -143,23 +145,34 @@ class _Edit:
 def _set_shapes(twin: dict[fx.Node, fx.Node], deps: Dependencies, narrowing: Narrowing) -> None:
     """Meta values of the narrowed shapes, the symbolic batch kept."""
     types = deps.analysis.types
+    made: Made = {}
     for node, original in twin.items():
         t, value = types[original], original.meta.get("val")
         node.meta = dict(original.meta)
         if value is not None and shapes_of_types(t) is not None:
-            node.meta["val"] = _narrowed_value(value, t, narrowing)
+            node.meta["val"] = _narrowed_value(value, t, narrowing, made)
 
 
-def _narrowed_value(value: Any, t: Any, narrowing: Narrowing) -> Any:
+def _narrowed_value(value: Any, t: Any, narrowing: Narrowing, made: Made) -> Any:
     if isinstance(value, torch.Tensor) and isinstance(t, TensorType):
-        if not narrowing.touches(t):
-            return value
-        after = narrowing.shape(t)
+        return _narrowed_tensor(value, t, narrowing, made) if narrowing.touches(t) else value
+    if isinstance(value, (tuple, list)) and isinstance(t, tuple):
+        pairs = zip(value, t, strict=True)
+        return type(value)(_narrowed_value(v, s, narrowing, made) for v, s in pairs)
+    return value
+
+
+def _narrowed_tensor(
+    value: torch.Tensor, t: TensorType, narrowing: Narrowing, made: Made
+) -> torch.Tensor:
+    """A tensor without data, one for all nodes of the same shape: symbolic sizes are slow to make."""
+    after = narrowing.shape(t)
+    before = tuple(old if isinstance(old, int) else old.node.expr for old in value.shape)
+    key = (before, after, value.dtype, value.device)
+    if key not in made:
         sizes = [
             old if a == b else old * a // b  # a symbolic size stays symbolic
             for old, a, b in zip(value.shape, after, t.shape, strict=True)
         ]
-        return value.new_empty(sizes)
-    if isinstance(value, (tuple, list)) and isinstance(t, tuple):
-        return type(value)(_narrowed_value(v, s, narrowing) for v, s in zip(value, t, strict=True))
-    return value
+        made[key] = value.new_empty(sizes)
+    return made[key]

@@ -14,14 +14,17 @@ import numpy as np
 import numpy.typing as npt
 
 from fxsvd import importance
-from fxsvd.coupling import Cell, Group
+from fxsvd.coupling import Group
 from fxsvd.dead import dead_channels
 from fxsvd.dependency import Dependencies
 from fxsvd.edits import Plan, Remap, Skip
 from fxsvd.errors import PlanError
+from fxsvd.heads import HeadGroup, by_heads
 from fxsvd.importance import Scores
 from fxsvd.naming import Name, by_name, spaces_named
+from fxsvd.relations import Atoms
 
+Live = list[tuple[Group | HeadGroup, float]]
 CRITERIA = ("l1", "l2", "bn", "taylor", "random", "dead")
 
 
@@ -43,6 +46,7 @@ class Prune:
         loss: for ``"taylor"``: ``loss(output, target)``.
         data: for ``"taylor"``: batches ``(inputs, target)``.
         seed: for ``"random"``.
+        heads: remove whole attention heads instead of features inside every head.
 
     Raises:
         PlanError: an option is out of range.
@@ -60,6 +64,7 @@ class Prune:
     loss: Any = None
     data: Iterable[Any] | None = field(default=None, compare=False)
     seed: int = 0
+    heads: bool = False
 
     def __post_init__(self) -> None:
         ratios = self.ratio.values() if isinstance(self.ratio, Mapping) else (self.ratio,)
@@ -84,12 +89,13 @@ class Prune:
         """
         ratios, why = self._ratios(deps)
         kept = np.ones(deps.channels.count, dtype=bool)
-        groups = [(g, float(ratios[deps.space_of[g.channels]].min())) for g in deps.groups]
-        live = [(g, ratio) for g, ratio in groups if ratio > 0]
+        groups = by_heads(deps) if self.heads else list(deps.groups)
+        priced = [(g, float(ratios[deps.space_of[g.channels]].min())) for g in groups]
+        live = [(g, ratio) for g, ratio in priced if ratio > 0]
         if live:
-            scores, counts = self._choose(deps, live)
-            for (group, _), count in zip(live, counts, strict=True):
-                _drop(kept, group, scores, _rounded(group, count, self.round_to, deps))
+            for steps in self._choose(deps, live):
+                for channels in steps[: _rounded(steps, self.round_to, deps)]:
+                    kept[channels] = False
         return _as_plan(deps, kept, why)
 
     def _ratios(self, deps: Dependencies) -> tuple[Scores, dict[int, str]]:
@@ -109,17 +115,18 @@ class Prune:
         stay = (i for i in range(len(deps.spaces)) if ratios[i] == 0)
         return ratios, {i: "in `ignore`" if i in ignored else why for i in stay}
 
-    def _choose(
-        self, deps: Dependencies, live: list[tuple[Group, float]]
-    ) -> tuple[Scores, list[int]]:
-        """Scores per channel (low goes first) and how many steps each group takes."""
+    def _choose(self, deps: Dependencies, live: Live) -> list[list[Atoms]]:
+        """The channels of the steps that each group takes, the first to go first."""
         if self.criterion == "dead":
             dead = dead_channels(deps)
-            return (~dead).astype(np.float64), [_all_dead(group, dead) for group, _ in live]
+            ranked = [g.ranked((~dead).astype(np.float64)) for g, _ in live]
+            return [[step for step in steps[:-1] if dead[step].all()] for steps in ranked]
         scores = self._score(deps)
-        if self.scope == "global":
-            return scores, _global(live, scores)
-        return scores, [min(int(ratio * g.steps + 0.5), g.steps - 1) for g, ratio in live]
+        ranked = [g.ranked(scores) for g, _ in live]
+        ratios = [ratio for _, ratio in live]
+        local = self.scope == "local"
+        counts = _local(ranked, ratios) if local else _global(ranked, ratios, scores)
+        return [steps[:count] for steps, count in zip(ranked, counts, strict=True)]
 
     def _score(self, deps: Dependencies) -> Scores:
         if self.criterion == "bn":
@@ -131,55 +138,44 @@ class Prune:
         return importance.magnitude(deps, 1 if self.criterion == "l1" else 2)
 
 
-def _all_dead(group: Group, dead: npt.NDArray[np.bool_]) -> int:
-    counts = [int(dead[cell.channels].sum()) // cell.step for cell in group.cells]
-    return min(*counts, group.steps - 1) if counts else 0
+def _local(ranked: list[list[Atoms]], ratios: list[float]) -> list[int]:
+    """Every group takes its share of its steps, to the nearest."""
+    return [
+        min(int(ratio * len(steps) + 0.5), len(steps) - 1)
+        for steps, ratio in zip(ranked, ratios, strict=True)
+    ]
 
 
-def _global(live: list[tuple[Group, float]], scores: Scores) -> list[int]:
+def _global(ranked: list[list[Atoms]], ratios: list[float], scores: Scores) -> list[int]:
     """Steps in ascending order of their mean score, relative to their group's, until enough go."""
-    order = []
+    order: list[tuple[float, int, int]] = []
     wanted = 0.0
-    for i, (group, ratio) in enumerate(live):
-        wanted += ratio * len(group.channels)
-        price = np.mean([_step_scores(cell, scores) for cell in group.cells], axis=0)
-        price = price / max(float(price.mean()), 1e-30)
-        weight = len(group.channels) // group.steps
-        order += [(float(p), i, weight) for p in price[:-1]]
-    counts = [0] * len(live)
-    for _, i, weight in sorted(order):
-        if wanted < weight:
+    for i, (steps, ratio) in enumerate(zip(ranked, ratios, strict=True)):
+        price = np.array([scores[step].mean() for step in steps])
+        price = np.maximum.accumulate(price / max(float(price.mean()), 1e-30))
+        wanted += ratio * sum(map(len, steps))
+        order += [(float(p), i, len(step)) for p, step in zip(price[:-1], steps, strict=False)]
+    counts = [0] * len(ranked)
+    for _, i, size in sorted(order):
+        if wanted < size / 2:
             break
         counts[i] += 1
-        wanted -= weight
+        wanted -= size
     return counts
 
 
-def _step_scores(cell: Cell, scores: Scores) -> Scores:
-    ranked = np.sort(scores[cell.channels])
-    means: Scores = ranked.reshape(-1, cell.step).mean(axis=1)
-    return means
-
-
-def _rounded(group: Group, count: int, multiple: int, deps: Dependencies) -> int:
-    """The largest number of steps up to ``count`` that leaves every width a multiple."""
-    widths: dict[int, tuple[int, int]] = {}
-    for cell in group.cells:
-        space = int(deps.space_of[cell.channels[0]])
-        width, step = widths.get(space, (0, 0))
-        widths[space] = width + len(cell.channels), step + cell.step
-    fits = (
-        n
-        for n in range(count, 0, -1)
-        if all((width - n * step) % multiple == 0 for width, step in widths.values())
-    )
+def _rounded(steps: list[Atoms], multiple: int, deps: Dependencies) -> int:
+    """How many of the steps to take, so that every width is a multiple (or none)."""
+    if multiple == 1:
+        return len(steps)
+    widths = np.array([space.width for space in deps.spaces])
+    left = [widths]
+    for step in steps:
+        gone = np.bincount(deps.space_of[step], minlength=len(widths))
+        left.append(left[-1] - gone)
+    touched = left[-1] < widths
+    fits = (n for n in range(len(steps), 0, -1) if (left[n][touched] % multiple == 0).all())
     return next(fits, 0)
-
-
-def _drop(kept: npt.NDArray[np.bool_], group: Group, scores: Scores, count: int) -> None:
-    for cell in group.cells:
-        worst = np.argsort(scores[cell.channels], kind="stable")[: count * cell.step]
-        kept[cell.channels[worst]] = False
 
 
 def _as_plan(deps: Dependencies, kept: npt.NDArray[np.bool_], why: dict[int, str]) -> Plan:

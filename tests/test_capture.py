@@ -539,7 +539,7 @@ def test_the_model_is_left_untouched(fails):
 def test_the_check_finds_what_the_graph_cannot_hold():
     class Counting(nn.Module):
         def forward(self, x):
-            return x if torch.compiler.is_compiling() else x + 1
+            return x + 1 if type(x) is Tensor else x
 
     capture(Counting(), sample(2, 3), check=False)
     with pytest.raises(CaptureError, match="differs from Counting at batch size 3"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -25,6 +26,12 @@ BATCH = 2
 def installed() -> bool:
     """Whether both collections of models can be imported."""
     return find_spec("timm") is not None and find_spec("torchvision") is not None
+
+
+def load() -> None:
+    """Import both collections, for the processes that are forked afterwards."""
+    for collection in ("timm", "torchvision"):
+        import_module(collection)
 
 
 def names(pattern: str = "*", progress: Callable[[str], None] | None = None) -> list[str]:
@@ -46,9 +53,7 @@ def torchvision_names() -> list[str]:
     return [f"torchvision:{name}" for home in homes for name in models.list_models(module=home)]
 
 
-def timm_names(
-    pattern: str = "*", progress: Callable[[str], None] | None = None
-) -> Iterator[str]:
+def timm_names(pattern: str = "*", progress: Callable[[str], None] | None = None) -> Iterator[str]:
     """The smallest variant of every model file of timm (of those with a name that matches)."""
     from timm.models._registry import _module_to_models
 
