@@ -6,11 +6,11 @@ outputs. What has no rule freezes what it touches, with the reason in words.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx, nn
 
@@ -107,6 +107,8 @@ class Analysis:
             return self._output(node)
         if not has_tensor(shapes) and not _writes(node):
             return shapes
+        if isinstance(node.target, type):  # a record of results
+            return self._resolve((node.args, node.kwargs))
         call = Call(
             self.relations,
             node.name,
@@ -157,7 +159,8 @@ class Analysis:
         what = getattr(node.target, "__name__", str(node.target))
         if node.op == "call_module":
             what = type(self.graph.get_submodule(str(node.target))).__name__
-        self.unknown[node.name] = f"{what} {why}"
+        if any(t.blocks for t in flatten(inputs)):
+            self.unknown[node.name] = f"{what} {why}"
         for t in flatten(inputs):
             for block in t.blocks:
                 self.relations.freeze(block.atoms, f"`{node.name}`: {what} {why}")
@@ -221,10 +224,21 @@ class Analysis:
 
         return note
 
+    def by_name(self, name: str) -> Parameter:
+        """The parameter of that (first) name.
+
+        Raises:
+            KeyError: the graph uses none.
+        """
+        for known in self.parameters.values():
+            if known.names[0] == name:
+                return known
+        raise KeyError(name)
+
     def site_of(self, atoms: Atoms) -> Site | None:
         """The parameter axis that created an atom array's first atom."""
         first = int(atoms.flat[0])
-        place = int(np.searchsorted(self._starts, first, side="right")) - 1
+        place = bisect_right(self._starts, first) - 1
         site = self.sites[place] if place >= 0 else None
         return site if site is not None and first <= int(site.atoms.flat[-1]) else None
 

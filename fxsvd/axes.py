@@ -158,14 +158,26 @@ def combine(
     shape = tuple(np.broadcast_shapes(*(t.shape for t in types)))
     aligned = [_align(t, shape) for t in types]
     aligned = _meet_fixed(relations, aligned, reason)
+    aligned = [_one_kind(relations, t, aligned, reason) for t in aligned]
     if len(aligned) == 1:
         return aligned[0]
-    merged: list[Block] = []
-    for block in sorted((b for t in aligned for b in t.blocks), key=lambda b: -len(b.dims)):
+    blocks, shared = [b for t in aligned for b in t.blocks], _shared_dims(aligned)
+    merged = [b for b in blocks if not shared & set(b.dims)]
+    for block in sorted((b for b in blocks if shared & set(b.dims)), key=lambda b: -len(b.dims)):
         merged = _merge(relations, merged, block, product)
     if not product:
         merged = [replace(b, zero=b.zero and _in_all(b, aligned)) for b in merged]
     return TensorType(shape, tuple(merged), all(t.stored for t in types))
+
+
+def _shared_dims(types: Sequence[TensorType]) -> set[int]:
+    """Dimensions over which several of the types have blocks: only there channels meet.
+
+    One tensor may have several blocks over one dimension (a kernel flattened to ``in · k · k``);
+    they stay apart as long as no other tensor meets them.
+    """
+    held = [{d for b in t.blocks for d in b.dims} for t in types]
+    return {d for i, dims in enumerate(held) for d in dims if any(d in h for h in held[:i])}
 
 
 def _align(t: TensorType, shape: Shape) -> TensorType:
@@ -185,9 +197,32 @@ def _meet_fixed(
     wide = [{d for d, size in enumerate(t.shape) if size > 1} for t in types]
     fixed = set().union(*(w - h for w, h in zip(wide, held, strict=True)))
     hits = [fixed & w & h for w, h in zip(wide, held, strict=True)]
-    return [
-        fix_dims(relations, t, hit, reason) if hit else t for t, hit in zip(types, hits, strict=True)
-    ]
+    pairs = zip(types, hits, strict=True)
+    return [fix_dims(relations, t, hit, reason) if hit else t for t, hit in pairs]
+
+
+def _one_kind(
+    relations: Relations, t: TensorType, others: Sequence[TensorType], reason: str
+) -> TensorType:
+    """Where an axis merged of several kinds meets another tensor's, only one kind can go.
+
+    The features of heads that share them, say: the heads stay.
+    """
+    gone: list[Block] = []
+    lines = [b.dims for b in t.blocks if len(b.dims) == 1]
+    for dim in {d for d in lines if lines.count(d) > 1}:
+        kinds = [b for b in t.blocks if b.dims == dim]
+        if any(o is not t and o.touches(dim) for o in others):
+            gone += sorted(kinds, key=lambda b: _weight(relations, b))[:-1]
+    for block in gone:
+        relations.freeze(block.atoms, reason)
+    return replace(t, blocks=tuple(b for b in t.blocks if b not in gone)) if gone else t
+
+
+def _weight(relations: Relations, block: Block) -> tuple[bool, int]:
+    """Whether a block's atoms are more than numbers of rows, and how many there are."""
+    rows = any(np.isin(block.atoms, parents).any() for parents, _ in relations.nests)
+    return not rows, len(np.unique(block.atoms))
 
 
 def _in_all(block: Block, types: Sequence[TensorType]) -> bool:
@@ -229,7 +264,8 @@ def contract(relations: Relations, t: TensorType, dims: Iterable[int], reason: s
     renamed = {d: i for i, d in enumerate(kept)}
     merged: list[Block] = []
     for block in sorted((b for b in blocks if b), key=lambda b: -len(b.dims)):
-        merged = _merge(relations, merged, block, True)
+        rows = any(set(block.dims) < set(b.dims) for b in merged)
+        merged = _merge(relations, merged, block, True) if rows else [*merged, block]
     return TensorType(
         tuple(t.shape[d] for d in kept),
         tuple(replace(b, dims=tuple(renamed[d] for d in b.dims)) for b in merged),

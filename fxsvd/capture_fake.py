@@ -34,6 +34,7 @@ _PLAIN = frozenset(
     | {torch.dtype, torch.device, torch.layout, torch.memory_format}
 )
 _PROBES = (2, 3, 4, 5, 7, 8, 16, 31, 64)
+"""Batch sizes at which the conditions that a model asked for must hold."""
 
 
 class _NotMemoizable(Exception):  # noqa: N818 (a signal inside this file, not an error)
@@ -143,17 +144,15 @@ class Fakes:
             kwargs: Its keyword arguments, likewise.
             mutates: Whether it may write to its arguments; such calls always run.
         """
+        if mutates or "out" in kwargs:
+            self._fingerprints.clear()  # the call may change shapes
+            return self._run(func, args, kwargs)
         inputs: list[Tensor] = []
         try:
             dtype = torch.get_default_dtype()
             key = (func, dtype, self._key(args, inputs), self._key(kwargs, inputs))
         except _NotMemoizable:
             return self._run(func, args, kwargs)
-        if mutates or "out" in kwargs:
-            result = self._run(func, args, kwargs)
-            for tensor in inputs:
-                self._fingerprints.pop(id(tensor), None)
-            return result
         if key not in self._memo:
             result = self._run(func, args, kwargs)
             with suppress(_NotMemoizable):
@@ -167,19 +166,18 @@ class Fakes:
         Raises:
             CaptureError: With the condition that was met.
         """
-        symbol = self.symbol
-        if symbol in self._env.replacements:
+        if self.symbol in self._env.replacements:
             raise CaptureError(
                 "the model works for one batch size only: the batch size was turned into a fixed "
                 "integer, or had to equal one. Derive sizes from x.shape inside forward, without "
                 "int(x.shape[0]) and len(x), and do not fix the batch size in buffers."
             )
         for guard in self.restrictions:
-            if not all(guard.expr.subs({symbol: size}) == True for size in _PROBES):  # noqa: E712
+            if not all(bool(guard.expr.subs(self.symbol, size)) for size in _PROBES):
+                condition = str(guard.expr).replace(str(self.symbol), "batch")
                 raise CaptureError(
-                    f"the model branches on its batch size: {guard.expr} with {symbol} the batch "
-                    f"size, at {guard.sloc}. Only one branch can be captured: make the forward "
-                    "independent of the batch size."
+                    f"the model branches on its batch size ({condition}) at {guard.sloc}. Only one "
+                    "branch can be captured: make the forward independent of the batch size."
                 )
 
     def _place(self, tensor: Tensor) -> torch.device:

@@ -51,7 +51,7 @@ def is_leaf(module: nn.Module) -> bool:
     computed on the fly (parametrizations) nor those with hooks: what these compute must be seen.
     """
     kind = type(module)
-    if any(base in LEAF_TYPES for base in kind.__mro__):
+    if _is_registered(kind):
         return True
     if _is_hooked(module) or isinstance(module, _CONTAINERS):
         return False
@@ -65,7 +65,11 @@ def is_leaf(module: nn.Module) -> bool:
 def is_written_out(module: nn.Module) -> bool:
     """Whether a layer of torch.nn is recorded as the operations it consists of."""
     plain = isinstance(module, nn.MultiheadAttention) and not _is_hooked(module)
-    return plain and type(module) not in LEAF_TYPES and can_write_out(module)
+    return plain and not _is_registered(type(module)) and can_write_out(module)
+
+
+def _is_registered(kind: type[nn.Module]) -> bool:
+    return any(base in LEAF_TYPES for base in kind.__mro__)
 
 
 def _is_hooked(module: nn.Module) -> bool:

@@ -71,8 +71,10 @@ def couple(relations: Relations, channels: Channels, signature: Hashes) -> list[
     for sets, _ in rows:
         for channel_set in sets:
             np.add.at(cell_hash, channel_set, _random(rng, 1))
-    for parents, children in relations.nests:  # of each row something stays
-        np.add.at(cell_hash, channels.of[children], _random(rng, len(parents))[:, None])
+    for _, children in relations.nests:
+        row = channels.of[children]
+        several = row[(row != row[:, :1]).any(axis=1)]
+        np.add.at(cell_hash, several, _random(rng, len(several))[:, None])  # something stays of each
     _, cell_of = np.unique(cell_hash, return_inverse=True)
     count = int(cell_of.max()) + 1 if len(cell_of) else 0
     component, reason = _components(count, cell_of, rows)

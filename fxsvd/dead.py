@@ -1,81 +1,114 @@
-"""Channels that can go without changing a single output: nobody reads them, or they carry zeros."""
+"""Channels that can go without changing an output: nobody reads them, or they are constant."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor, nn
 
-from fxsvd.analysis import flatten
-from fxsvd.dependency import Dependencies
-from fxsvd.rules.reduction import SURVIVORS
+from fxsvd.analysis import Site, flatten
+from fxsvd.constants import CONVOLUTIONS, constant_inputs
+from fxsvd.dependency import Dependencies, layer_name
+from fxsvd.edits import Shift
+from fxsvd.rules import RULES, attention, contraction
+from fxsvd.rules.normalization import group_norm, layer_norm
+from fxsvd.rules.reduction import over_survivors, total
 
 Mask = npt.NDArray[np.bool_]
-STATISTICS = frozenset(SURVIVORS) | {
-    *(torch.nn.functional.layer_norm, torch.nn.functional.group_norm, torch.nn.functional.rms_norm),
-    *(torch.layer_norm, torch.group_norm, torch.rms_norm),
-}
-STATISTIC_LAYERS = (torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.RMSNorm)
+STATISTICS = (over_survivors, total, layer_norm, group_norm)
+PRODUCTS = (contraction.matmul, contraction.einsum, attention.scaled_dot_product_attention)
+STATISTIC_LAYERS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
-def dead_channels(deps: Dependencies) -> Mask:
-    """Which channels are exactly removable.
+@dataclass(frozen=True, eq=False)
+class Dead:
+    """Which channels are exactly removable, and what their readers see of them.
 
-    A channel is dead where all weights that read it are zero, or where all that write it (and every
-    shift on its way) are zero and zero stays zero up to its readers. Channels that enter the
-    statistics of a norm or a mean are never dead: their absence would be noticed.
+    Attributes:
+        channels: True where a channel may go.
+        inputs: by layer, the constant value of each input feature (NaN: not constant).
     """
-    unread, unwritten = (
-        _silent(deps, "consumer"),
-        _silent(deps, "producer") & _silent(deps, "shift"),
-    )
-    dead: Mask = (unread | (unwritten & ~_moved(deps))) & ~_counted(deps)
-    return dead
+
+    channels: Mask
+    inputs: dict[str, Tensor]
+
+    def shifts(self, deps: Dependencies, gone: Mask) -> tuple[Shift, ...]:
+        """What the biases of the readers take over from constant channels that go."""
+        out = []
+        for site in deps.analysis.sites:
+            values = self.inputs.get(layer_name(site.tensor)) if site.role == "consumer" else None
+            if values is None or site.atoms.size != len(values):
+                continue
+            here = torch.from_numpy(gone[deps.channels.of[site.atoms.ravel()]])
+            values = torch.where(here, values.cpu(), 0.0).nan_to_num()
+            if bool((values != 0).any()):
+                out.append(_shift(deps, site, values))
+        return tuple(out)
 
 
-def _silent(deps: Dependencies, role: str) -> Mask:
-    """Channels that have entries of this role, all of them zero."""
-    largest = np.zeros(deps.channels.count)
-    seen = np.zeros(deps.channels.count, dtype=bool)
-    by_name = {p.names[0]: p for p in deps.analysis.parameters.values()}
+def _shift(deps: Dependencies, site: Site, values: Tensor) -> Shift:
+    layer = layer_name(site.tensor)
+    weight = deps.analysis.graph.get_parameter(f"{layer}.weight").detach().double().cpu()
+    delta = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
+    return Shift(f"{layer}.bias", tuple((delta @ values).tolist()))
+
+
+def dead_channels(deps: Dependencies) -> Dead:
+    """Find the channels that can go without any output changing.
+
+    A channel is dead where each of its readers has zero weights for it, or sees a constant that its
+    bias can take over: zero anywhere, another constant in a linear layer or a convolution without
+    padding. Channels that enter statistics or products of activations are never dead: their absence
+    would be noticed.
+    """
+    inputs = constant_inputs(deps.analysis.graph)
+    read = np.zeros(deps.channels.count, dtype=bool)
+    alive = np.zeros(deps.channels.count, dtype=bool)
     for site in deps.analysis.sites:
-        if _role(site.role, site.tensor) != role:
-            continue
-        known = by_name[site.tensor]
-        block = next(b for b in known.type.blocks if b.atoms is site.atoms)
-        other = [d for d in range(known.value.dim()) if d not in block.dims]
-        value = known.value.detach().abs()
-        top = (value.amax(other) if other else value).double().cpu().numpy()
-        channel = deps.channels.of[block.atoms].ravel()
-        np.maximum.at(largest, channel, np.nan_to_num(top, nan=np.inf).ravel())
-        seen[channel] = True
-    silent: Mask = (largest == 0) & (seen | (role == "shift"))
-    return silent
+        if site.role == "consumer":
+            channel = deps.channels.of[site.atoms.ravel()]
+            read[channel] = True
+            alive[channel[~_ignored(deps, site, inputs)]] = True
+    return Dead(read & ~alive & ~_counted(deps), inputs)
 
 
-def _role(role: str, tensor: str) -> str:
-    shifts = tensor.rpartition(".")[2] in ("bias", "running_mean")
-    return "shift" if role == "follower" and shifts else role
-
-
-def _moved(deps: Dependencies) -> Mask:
-    """Channels whose zeros become something else somewhere."""
-    out = np.zeros(deps.channels.count, dtype=bool)
-    for t in flatten(list(deps.analysis.types.values())):
-        for block in t.blocks:
-            if not block.zero:
-                out[deps.channels.of[block.atoms].ravel()] = True
+def _ignored(deps: Dependencies, site: Site, inputs: dict[str, Tensor]) -> Mask:
+    """Of a reader's entries: those with zero weights, or with a constant it can take over."""
+    known = deps.analysis.by_name(site.tensor)
+    block = next(b for b in known.type.blocks if b.atoms is site.atoms)
+    other = [d for d in range(known.value.dim()) if d not in block.dims]
+    value = known.value.detach().abs()
+    top = (value.amax(other) if other else value).cpu().double()
+    out: Mask = (top == 0).numpy().ravel()
+    layer = layer_name(site.tensor)
+    constant = inputs.get(layer)
+    if constant is not None and len(constant) == len(out):
+        seen = constant.cpu().numpy()
+        out = out | (seen == 0)
+        if _takes_constants(deps.analysis.graph.get_submodule(layer)):
+            out = out | ~np.isnan(seen)
     return out
 
 
+def _takes_constants(module: nn.Module) -> bool:
+    if isinstance(module, CONVOLUTIONS):
+        unpadded = module.padding == "valid" or not any(map(int, module.padding))
+        return module.bias is not None and module.groups == 1 and unpadded
+    return isinstance(module, nn.Linear) and module.bias is not None
+
+
 def _counted(deps: Dependencies) -> Mask:
-    """Channels over which a norm or a mean takes statistics."""
+    """Channels over which a norm, a mean or a product of activations sums."""
     out = np.zeros(deps.channels.count, dtype=bool)
     graph = deps.analysis.graph
     for node in deps.analysis.types:
-        layer = node.op == "call_module" and graph.get_submodule(str(node.target))
-        if node.target in STATISTICS or isinstance(layer, STATISTIC_LAYERS):
-            for t in flatten([deps.analysis.types[n] for n in node.all_input_nodes]):
-                for block in t.blocks:
-                    out[deps.channels.of[block.atoms].ravel()] = True
+        layer = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        rule = RULES.get(node.target) if node.op.startswith("call_") and layer is None else None
+        if rule in (*STATISTICS, *PRODUCTS) or isinstance(layer, STATISTIC_LAYERS):
+            inputs = flatten([deps.analysis.types[n] for n in node.all_input_nodes])
+            for block in (b for t in inputs if not t.stored for b in t.blocks):
+                out[deps.channels.of[block.atoms].ravel()] = True
     return out

@@ -12,6 +12,7 @@ from functools import cached_property
 
 import networkx as nx
 import numpy as np
+import numpy.typing as npt
 from torch import fx
 
 from fxsvd.analysis import Analysis, Site
@@ -135,14 +136,41 @@ def analyze(graph: fx.GraphModule) -> Dependencies:
     [('0', 8, None), ('2', 2, "it is the network's output")]
     """
     analysis = Analysis(graph).run()
-    channels = analysis.relations.solve()
-    signature = _signatures(analysis, channels)
-    groups = couple(analysis.relations, channels, signature)
+    channels, signature, groups = _coupled(analysis)
+    while _tie_rows(analysis, channels, groups):
+        channels, signature, groups = _coupled(analysis)
     groups, reasons = _freeze_groups(groups, channels, _counts_rows(analysis, channels))
     signature[[c for c in reasons if c not in channels.reasons]] += np.uint64(1)
     spaces, space_of = _spaces(analysis, channels, signature, reasons)
     wanted = [g for g in groups if (space_of[g.channels] >= 0).all()]
     return Dependencies(analysis, channels, spaces, tuple(wanted), space_of)
+
+
+def _coupled(analysis: Analysis) -> tuple[Channels, np.ndarray, list[Group]]:
+    channels = analysis.relations.solve()
+    signature = _signatures(analysis, channels)
+    return channels, signature, couple(analysis.relations, channels, signature)
+
+
+def _tie_rows(analysis: Analysis, channels: Channels, groups: list[Group]) -> bool:
+    """Let rows that cannot shrink go whole instead (heads whose features attend to each other).
+
+    Returns:
+        Whether anything was tied, so that the relations have to be solved again.
+    """
+    stuck = np.zeros(channels.count, dtype=bool)
+    counts = _counts_rows(analysis, channels)
+    for group in groups:
+        frozen = any(c in channels.reasons for c in group.channels.tolist())
+        if group.why and not frozen and (group.steps == 1 or counts[group.channels].any()):
+            stuck[group.channels] = True
+    tied = False
+    for rows, _ in analysis.relations.lengths if stuck.any() else ():
+        of = channels.of[rows] if isinstance(rows, np.ndarray) else None
+        if of is not None and stuck[of].all() and (of != of[..., :1]).any():
+            analysis.relations.unify(rows, rows[..., :1])
+            tied = True
+    return tied
 
 
 def _signatures(analysis: Analysis, channels: Channels) -> np.ndarray:
@@ -157,7 +185,18 @@ def _signatures(analysis: Analysis, channels: Channels) -> np.ndarray:
     return signature
 
 
-def _freeze_groups(groups: list[Group], channels: Channels) -> tuple[list[Group], dict[int, str]]:
+def _counts_rows(analysis: Analysis, channels: Channels) -> npt.NDArray[np.bool_]:
+    """Which channels are indices of rows: they go only with all that is in the row."""
+    out = np.zeros(channels.count, dtype=bool)
+    for parents, children in analysis.relations.nests:
+        row = channels.of[children]
+        out[channels.of[parents[(row != row[:, :1]).any(axis=1)]]] = True
+    return out
+
+
+def _freeze_groups(
+    groups: list[Group], channels: Channels, rows: npt.NDArray[np.bool_]
+) -> tuple[list[Group], dict[int, str]]:
     """A group with a frozen channel is frozen whole, as is one that cannot take equal steps."""
     reasons = dict(channels.reasons)
     live = []

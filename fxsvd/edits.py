@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,23 @@ class Remap:
 
 
 @dataclass(frozen=True)
+class Shift:
+    """A bias takes over what a constant channel contributed before it went.
+
+    Attributes:
+        parameter: the bias's name.
+        values: what is added, in the original width.
+    """
+
+    parameter: str
+    values: tuple[float, ...]
+
+    def __str__(self) -> str:
+        """``fc.bias: takes over constant channels``."""
+        return f"{self.parameter}: takes over constant channels"
+
+
+@dataclass(frozen=True)
 class Skip:
     """A space that stays as it is, and why."""
 
@@ -53,6 +70,7 @@ class Plan:
         skips: spaces that stay, with the reason.
         inputs: shapes and types of the example inputs, to capture the model again.
         then: a further plan for the result of this one.
+        shifts: biases that take over the contribution of constant channels.
 
     >>> plan = Plan((Remap("conv1", 4, (0, 2)),))
     >>> print(plan)
@@ -65,10 +83,11 @@ class Plan:
     skips: tuple[Skip, ...] = ()
     inputs: Any = field(default=None, compare=False)
     then: Plan | None = None
+    shifts: tuple[Shift, ...] = ()
 
     def __str__(self) -> str:
         """One line per edit and per skip."""
-        lines = [str(item) for item in (*self.edits, *self.skips)]
+        lines = [str(item) for item in (*self.edits, *self.shifts, *self.skips)]
         return "\n".join([*lines, *([f"then:\n{self.then}"] if self.then else [])])
 
     def to_json(self) -> str:
@@ -94,13 +113,14 @@ def _plan(data: dict[str, Any]) -> Plan:
         tuple(Skip(**s) for s in data["skips"]),
         data["inputs"],
         _plan(data["then"]) if data["then"] else None,
+        tuple(Shift(s["parameter"], tuple(s["values"])) for s in data["shifts"]),
     )
 
 
 def chain(plans: Iterable[Plan]) -> Plan:
     """One plan that applies several, one after the other."""
     first, *rest = plans
-    return Plan(first.edits, first.skips, first.inputs, chain(rest) if rest else None)
+    return replace(first, then=chain(rest) if rest else None)
 
 
 def describe_inputs(value: Any) -> Any:

@@ -21,7 +21,7 @@ from fxsvd.dependency import Dependencies
 from fxsvd.errors import PlanError
 
 Scores = npt.NDArray[np.float64]
-Entry = Callable[[Parameter], "Tensor | None"]
+Entry = Callable[[Parameter], tuple[Tensor, ...]]
 
 
 def magnitude(deps: Dependencies, power: int) -> Scores:
@@ -31,11 +31,11 @@ def magnitude(deps: Dependencies, power: int) -> Scores:
         PlanError: a weight is not a finite number.
     """
 
-    def entry(known: Parameter) -> Tensor | None:
+    def entry(known: Parameter) -> tuple[Tensor, ...]:
         if not _learned(known):
-            return None
+            return ()
         value = known.value.detach()
-        return value.abs() if power == 1 else value.square()
+        return (value.abs(),) if power == 1 else (value, value)
 
     total = _summed(deps, entry)
     return total if power == 1 else np.sqrt(total)
@@ -45,8 +45,8 @@ def norm_scale(deps: Dependencies) -> Scores:
     """Scales of the norms in the space, absolute; a space without a norm counts by its L2 norm."""
     layers = {name for name, _ in _norms(deps.analysis.graph)}
 
-    def entry(known: Parameter) -> Tensor | None:
-        return known.value.detach().abs() if known.names[0] in layers else None
+    def entry(known: Parameter) -> tuple[Tensor, ...]:
+        return (known.value.detach().abs(),) if known.names[0] in layers else ()
 
     scale, size = _summed(deps, entry), magnitude(deps, 2)
     normed = {int(s) for s in np.unique(deps.space_of[scale > 0])}
@@ -72,9 +72,9 @@ def taylor(deps: Dependencies, loss: Any, data: Iterable[Any] | None) -> Scores:
         raise PlanError("criterion='taylor' needs loss=(output, target) -> scalar and data=batches")
     with _gradients(deps.analysis.graph, loss, data) as gradients:
 
-        def entry(known: Parameter) -> Tensor | None:
+        def entry(known: Parameter) -> tuple[Tensor, ...]:
             gradient = gradients.get(id(known.value))
-            return None if gradient is None else known.value.detach() * gradient
+            return () if gradient is None else (known.value.detach(), gradient)
 
         return np.abs(_summed(deps, entry))
 
@@ -110,27 +110,43 @@ def _learned(known: Parameter) -> bool:
     return isinstance(known.value, torch.nn.Parameter)
 
 
+def require_numbers(deps: Dependencies) -> None:
+    """Raise where there is nothing to measure.
+
+    Raises:
+        PlanError: a parameter is on the meta device.
+    """
+    for known in deps.analysis.parameters.values():
+        if known.value.is_meta:
+            raise PlanError(
+                f"{known.names[0]} is on the meta device and has no numbers: load its weights, or "
+                "use criterion='random', which needs none"
+            )
+
+
 def _summed(deps: Dependencies, entry: Entry) -> Scores:
-    """Sum an entry-wise contribution over every channel's coupled tensors."""
+    """Sum an entry-wise contribution, the product of its factors, over every channel's tensors."""
     out = np.zeros(deps.channels.count)
     for known in deps.analysis.parameters.values():
-        value = entry(known) if known.type.blocks else None
-        if value is not None:
-            _add(out, deps, known, value)
+        factors = entry(known) if known.type.blocks else ()
+        if factors:
+            _add(out, deps, known, [_array(factor) for factor in factors])
     return out
 
 
-def _add(out: Scores, deps: Dependencies, known: Parameter, value: Tensor) -> None:
-    """Reduce dimensions without channels once, then the rest for each block."""
-    held = {d for b in known.type.blocks for d in b.dims}
-    spare = [d for d in range(value.dim()) if d not in held]
-    value = value.sum(spare, keepdim=True) if spare else value
+def _array(value: Tensor) -> npt.NDArray[Any]:
+    single = value if value.dtype in (torch.float32, torch.float64) else value.float()
+    return single.cpu().numpy()
+
+
+def _add(
+    out: Scores, deps: Dependencies, known: Parameter, factors: list[npt.NDArray[Any]]
+) -> None:
+    """Sum over all dimensions but a block's, without an intermediate as large as the parameter."""
+    every = range(factors[0].ndim)
+    operands = [part for factor in factors for part in (factor, every)]
     for block in known.type.blocks:
-        other = [d for d in range(value.dim()) if d not in block.dims]
-        kept = value.sum(other) if other else value
-        order = np.argsort(np.argsort(block.dims)).tolist()
-        numbers = kept.permute(order).double().cpu().numpy().ravel()
+        numbers = np.einsum(*operands, block.dims).astype(np.float64)
         if not np.isfinite(numbers).all():
             raise PlanError(f"{known.names[0]} holds numbers that are not finite")
-        channel = deps.channels.of[block.atoms].ravel()
-        out += np.bincount(channel, numbers, minlength=len(out))
+        np.add.at(out, deps.channels.of[block.atoms], numbers)

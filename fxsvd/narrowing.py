@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from fxsvd.analysis import Parameter
 from fxsvd.axes import Block, Shape, TensorType
 from fxsvd.dependency import Dependencies, Space
 from fxsvd.edits import Plan, Remap
@@ -19,9 +20,10 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, eq=False)
 class Narrowing:
-    """The atoms that stay."""
+    """The atoms that stay, and what is added to some biases (in their full width)."""
 
     atoms: Mask
+    shifts: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, deps: Dependencies, plan: Plan) -> Narrowing:
@@ -40,7 +42,7 @@ class Narrowing:
             channels[space.channels[gone]] = False
         if not channels.all():
             _drop_empty_rows(channels, deps)
-        return cls(channels[deps.channels.of])
+        return cls(channels[deps.channels.of], _shifts(deps, plan))
 
     def along(self, t: TensorType, dim: int) -> Mask:
         """Which indices of a dimension stay (of the first living row, where rows differ)."""
@@ -53,11 +55,8 @@ class Narrowing:
         kept: Mask = self.atoms[block.atoms]
         if len(block.dims) == 1:
             return kept
-        if dim != block.dims[-1]:
-            lines = np.moveaxis(kept, block.dims.index(dim), 0)
-            some: Mask = np.logical_or.reduce(lines.reshape(len(lines), -1), axis=1)
-            return some
-        rows = kept.reshape(-1, kept.shape[-1])
+        axis = block.dims.index(dim)
+        rows = kept.reshape(-1, kept.shape[axis], int(np.prod(kept.shape[axis + 1 :]))).any(axis=-1)
         counts = rows.sum(axis=1)
         living = counts[counts > 0]
         if living.size == 0 or (living != living[0]).any():
@@ -71,6 +70,16 @@ class Narrowing:
         return tuple(
             int(self.along(t, d).sum()) if d in touched else n for d, n in enumerate(t.shape)
         )
+
+    def changes(self, known: Parameter) -> bool:
+        """Whether anything of a parameter goes or is added to."""
+        return known.names[0] in self.shifts or self.touches(known.type)
+
+    def shifted(self, known: Parameter, value: torch.Tensor) -> torch.Tensor:
+        """The value (of the parameter's full shape) with what the plan adds to it."""
+        if known.names[0] not in self.shifts:
+            return value
+        return value + self.shifts[known.names[0]].to(value.device, value.dtype)
 
     def touches(self, t: TensorType) -> bool:
         """Whether anything of the tensor goes."""
@@ -87,30 +96,33 @@ class Narrowing:
         """The tensor with the dead indices left out, bit-identical elsewhere."""
         picked = value
         along = [self.along(t, d) for d in range(len(t.shape))]
-        for dim, kept in enumerate(along):
-            if not kept.all() and not _ragged(t, dim):
-                index = torch.from_numpy(np.flatnonzero(kept)).to(value.device)
+        ragged = {d for b in t.blocks for d in b.dims[1:]}
+        done = set(range(len(along))) - ragged
+        for dim in sorted(done):
+            if not along[dim].all():
+                index = torch.from_numpy(np.flatnonzero(along[dim])).to(value.device)
                 picked = picked.index_select(dim, index)
         for block in t.blocks:
             if len(block.dims) > 1 and not self.atoms[block.atoms].all():
-                picked = self._narrow_rows(picked, block, along)
+                picked = self._narrow_rows(picked, block, along, done)
+                done |= set(block.dims)
         return picked
 
-    def _narrow_rows(self, value: torch.Tensor, block: Block, along: list[Mask]) -> torch.Tensor:
-        """Along a block's last dimension, each row keeps indices of its own."""
-        outer = np.ix_(*(np.flatnonzero(along[d]) for d in block.dims[:-1]))
-        kept = self.atoms[block.atoms][outer]
-        if not kept.any(axis=-1).all():
-            raise PlanError("the plan leaves a row of a tensor with no channels")
-        index = np.nonzero(kept)[-1].reshape(*kept.shape[:-1], -1)
-        order = np.argsort(block.dims)
-        dims = [block.dims[i] for i in order]
-        shaped = torch.from_numpy(np.ascontiguousarray(index.transpose(order)))
-        full = list(value.shape)
-        view = [shaped.shape[dims.index(d)] if d in dims else 1 for d in range(value.dim())]
-        full[block.dims[-1]] = shaped.shape[dims.index(block.dims[-1])]
-        index_tensor = shaped.reshape(view).expand(full).to(value.device)
-        return value.gather(block.dims[-1], index_tensor)
+    def _narrow_rows(
+        self, value: torch.Tensor, block: Block, along: list[Mask], done: set[int]
+    ) -> torch.Tensor:
+        """Behind a block's first dimension, each row keeps indices of its own."""
+        chosen = (np.flatnonzero(along[d]) if d in done else np.arange(len(along[d])) for d in block.dims)
+        kept = self.atoms[block.atoms][np.ix_(*chosen)]
+        rows = kept.reshape(len(kept), -1)
+        sizes = [int(along[d].sum()) for d in block.dims]
+        if (rows.sum(axis=1) != np.prod(sizes[1:])).any():
+            raise PlanError("the plan leaves rows of one tensor with unequal numbers of channels")
+        index = torch.from_numpy(np.nonzero(rows)[1].reshape(len(rows), -1)).to(value.device)
+        last = list(range(-len(sizes), 0))
+        turned = value.movedim(block.dims, last).flatten(1 - len(sizes))
+        picked = turned.gather(-1, index.expand(*turned.shape[:-1], -1))
+        return picked.unflatten(-1, sizes[1:]).movedim(last, block.dims)
 
     def silence(self, value: torch.Tensor, t: TensorType) -> torch.Tensor:
         """The tensor in its full shape with zeros where something is dead."""
@@ -122,16 +134,23 @@ class Narrowing:
         return value
 
 
+def _shifts(deps: Dependencies, plan: Plan) -> dict[str, torch.Tensor]:
+    shapes = {p.names[0]: p.value.shape for p in deps.analysis.parameters.values()}
+    for shift in plan.shifts:
+        if tuple(shapes.get(shift.parameter, ())) != (len(shift.values),):
+            raise PlanError(
+                f"the plan adds {len(shift.values)} numbers to {shift.parameter!r}, which the "
+                "network does not have in this size: it was made for another network"
+            )
+    return {s.parameter: torch.tensor(s.values, dtype=torch.float64) for s in plan.shifts}
+
+
 def _drop_empty_rows(channels: Mask, deps: Dependencies) -> None:
     """A row (a head) whose every channel goes is gone itself, wherever else it counts."""
     of = deps.channels.of
     for parents, children in deps.analysis.relations.nests:
         empty = ~channels[of[children]].any(axis=1)
         channels[of[parents[empty]]] = False
-
-
-def _ragged(t: TensorType, dim: int) -> bool:
-    return any(len(b.dims) > 1 and b.dims[-1] == dim for b in t.blocks)
 
 
 def _space(edit: Remap, spaces: dict[str, Space]) -> Space:

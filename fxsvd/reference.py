@@ -14,6 +14,7 @@ from fxsvd.axes import TensorType
 from fxsvd.capture import BATCH_HINT
 from fxsvd.dependency import Dependencies
 from fxsvd.narrowing import Narrowing
+from fxsvd.running import doubled
 from fxsvd.survivors import SURVIVING
 
 LAYER_NORMS: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
@@ -34,9 +35,10 @@ def silenced(deps: Dependencies, narrowing: Narrowing, values: Values) -> fx.Gra
     """
     memo: dict[int, Any] = {}
     for known in deps.analysis.parameters.values():
-        value = narrowing.silence(values[id(known.value)], known.type)
+        value = narrowing.shifted(known, values[id(known.value)])
+        value = narrowing.silence(value, known.type)
         memo[id(known.value)] = like(known.value, value)
-    graph = copy.deepcopy(deps.analysis.graph, memo).double()
+    graph: fx.GraphModule = doubled(copy.deepcopy(deps.analysis.graph, memo))
     for node, original in zip(
         list(graph.graph.nodes), deps.analysis.graph.graph.nodes, strict=True
     ):
@@ -63,9 +65,9 @@ def mask(model: nn.Module, deps: Dependencies, narrowing: Narrowing) -> nn.Modul
     tensors |= result.named_buffers(remove_duplicate=False)
     with torch.no_grad():
         for known in deps.analysis.parameters.values():
-            if known.names[0] in tensors and narrowing.touches(known.type):
-                target = tensors[known.names[0]]
-                target.copy_(narrowing.silence(known.value.detach(), known.type))
+            if known.names[0] in tensors and narrowing.changes(known):
+                value = narrowing.shifted(known, known.value.detach())
+                tensors[known.names[0]].copy_(narrowing.silence(value, known.type))
     for node, t in deps.analysis.types.items():
         if node.op == "call_module" and isinstance(t, TensorType) and narrowing.touches(t):
             _patch_norm(result.get_submodule(str(node.target)), _Mask(t, narrowing))

@@ -30,7 +30,8 @@ class Relations:
     count: int = 0
     equal: list[tuple[Atoms, Atoms]] = field(default_factory=list)
     frozen: list[tuple[Atoms, str]] = field(default_factory=list)
-    rows: list[tuple[tuple[Atoms, ...] | Atoms, str]] = field(default_factory=list)
+    lengths: list[tuple[tuple[Atoms, ...] | Atoms, str]] = field(default_factory=list)
+    rows: list[tuple[tuple[Atoms, ...], str]] = field(default_factory=list)
     nests: list[tuple[Atoms, Atoms]] = field(default_factory=list)
 
     def fresh(self, *shape: int) -> Atoms:
@@ -56,7 +57,7 @@ class Relations:
         An array has one row per combination of its leading indices. Where every row turns out to be
         a single channel, rows go whole: then those one level up keep equal shares.
         """
-        self.rows.append((rows, reason))
+        self.lengths.append((rows, reason))
 
     def nest(self, parents: Atoms, children: Atoms) -> None:
         """``parents[i]`` lives exactly while any atom of ``children[i]`` does."""
@@ -66,11 +67,12 @@ class Relations:
         """Merge the equalities into channels and spread the reasons over them.
 
         A row that is a single channel is the same channel as what lives exactly while it does.
+        ``rows`` are then the ``lengths`` that matter: where rows go whole, one level up.
         """
         channels = self._merged()
         while self._join_single_rows(channels):
             channels = self._merged()
-        self.rows = [(rows, why) for r, why in self.rows if (rows := _rows(r, channels.of))]
+        self.rows = [(rows, why) for r, why in self.lengths if (rows := _rows(r, channels.of))]
         return channels
 
     def _join_single_rows(self, channels: Channels) -> bool:
@@ -85,7 +87,7 @@ class Relations:
 
     def _merged(self) -> Channels:
         labels = _components(self.count, self.equal)
-        number = np.cumsum(labels == np.arange(self.count)) - 1  # a component's smallest atom counts
+        number = np.cumsum(labels == np.arange(self.count)) - 1  # the smallest atom names the others
         of = number[labels]
         count = int(number[-1]) + 1 if self.count else 0
         return Channels(count, of, self._reasons(count, of))

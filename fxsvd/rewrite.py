@@ -54,9 +54,9 @@ def _narrowed(deps: Dependencies, narrowing: Narrowing) -> dict[int, Any]:
     """A deepcopy memo that puts the narrowed parameters in place of the originals."""
     memo: dict[int, Any] = {}
     for known in deps.analysis.parameters.values():
-        if narrowing.touches(known.type):
+        if narrowing.changes(known):
             with torch.no_grad():
-                value = narrowing.narrow(known.value, known.type)
+                value = narrowing.narrow(narrowing.shifted(known, known.value), known.type)
             if isinstance(known.value, nn.Parameter):
                 value = nn.Parameter(value, requires_grad=known.value.requires_grad)
             memo[id(known.value)] = value
@@ -165,7 +165,7 @@ def _narrowed_value(value: Any, t: Any, narrowing: Narrowing, made: Made) -> Any
 def _narrowed_tensor(
     value: torch.Tensor, t: TensorType, narrowing: Narrowing, made: Made
 ) -> torch.Tensor:
-    """A tensor without data, one for all nodes of the same shape: symbolic sizes are slow to make."""
+    """A tensor without data, one for all nodes of a shape: symbolic sizes are slow to make."""
     after = narrowing.shape(t)
     before = tuple(old if isinstance(old, int) else old.node.expr for old in value.shape)
     key = (before, after, value.dtype, value.device)

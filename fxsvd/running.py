@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fxsvd.capture import Switch, normalize_inputs
 
@@ -39,6 +39,21 @@ def _double_tensor(value: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(value.numel())
     noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.device)
     return value.double() + noise * (value.double().std() + 0.1 if value.numel() > 1 else 1.0)
+
+
+def doubled(graph: Any) -> Any:
+    """The module itself, computing in float64, also where its graph names another float type."""
+    for node in graph.graph.nodes if isinstance(graph, fx.GraphModule) else ():
+        node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), _double_type)
+        if node.op == "call_method" and node.target in ("float", "half", "bfloat16"):
+            node.target = "double"
+    if isinstance(graph, fx.GraphModule):
+        graph.recompile()
+    return graph.double()
+
+
+def _double_type(value: Any) -> Any:
+    return torch.float64 if value in (torch.float32, torch.float16, torch.bfloat16) else value
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from fxsvd.edits import Plan, make_inputs
 from fxsvd.errors import PlanError, VerificationError
 from fxsvd.narrowing import Narrowing
 from fxsvd.rewrite import rewrite
-from fxsvd.running import deterministic, difference, double_inputs, run
+from fxsvd.running import deterministic, difference, double_inputs, doubled, run
 
 TOLERANCE = 1e-8
 
@@ -52,8 +52,8 @@ def verify(model: nn.Module, small: nn.Module, example_inputs: Any) -> float:
         graph = rewrite(deps, stage)
         worst = max(worst, verify_rewrite(deps, stage, graph, example_inputs))
         stage = stage.then
-    inputs, twin = double_inputs(example_inputs), copy.deepcopy(small).double()
-    with deterministic(graph.double(), False), deterministic(twin, False):
+    inputs, twin = double_inputs(example_inputs), doubled(copy.deepcopy(small))
+    with deterministic(doubled(graph), False), deterministic(twin, False):
         error = difference(run(twin, inputs), run(graph, inputs))
     if not error <= TOLERANCE:
         raise VerificationError(f"the network differs from its plan by {error:.1e} of its output")
@@ -111,7 +111,8 @@ def _check_values(deps: Dependencies, narrowing: Narrowing, small: fx.GraphModul
     tensors = dict(small.named_parameters(remove_duplicate=False))
     for known in deps.analysis.parameters.values():
         for name in known.names:
-            expected = narrowing.narrow(known.value.detach(), known.type)
+            expected = narrowing.shifted(known, known.value.detach())
+            expected = narrowing.narrow(expected, known.type)
             if name in tensors and not _identical(tensors[name].detach(), expected):
                 raise VerificationError(f"{name} does not hold the numbers that survive the plan")
 
@@ -144,9 +145,9 @@ def _with_values(
     memo: dict[int, Any] = {}
     for key, known in deps.analysis.parameters.items():
         if known.value.is_floating_point() and known.names[0] in tensors:
-            value = narrowing.narrow(values[key], known.type)
+            value = narrowing.narrow(narrowing.shifted(known, values[key]), known.type)
             memo[id(tensors[known.names[0]])] = reference.like(known.value, value)
-    return copy.deepcopy(small, memo).double()
+    return doubled(copy.deepcopy(small, memo))
 
 
 def _modes(graph: fx.GraphModule) -> tuple[bool, ...]:

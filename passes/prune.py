@@ -7,7 +7,7 @@ acts per channel; see ``fxsvd.edits.Remap``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from fxsvd import importance
 from fxsvd.coupling import Group
-from fxsvd.dead import dead_channels
+from fxsvd.dead import Dead, dead_channels
 from fxsvd.dependency import Dependencies
 from fxsvd.edits import Plan, Remap, Skip
 from fxsvd.errors import PlanError
@@ -89,14 +89,16 @@ class Prune:
         """
         ratios, why = self._ratios(deps)
         kept = np.ones(deps.channels.count, dtype=bool)
+        dead = dead_channels(deps) if self.criterion == "dead" else None
         groups = by_heads(deps) if self.heads else list(deps.groups)
         priced = [(g, float(ratios[deps.space_of[g.channels]].min())) for g in groups]
         live = [(g, ratio) for g, ratio in priced if ratio > 0]
         if live:
-            for steps in self._choose(deps, live):
+            for steps in self._choose(deps, live, dead):
                 for channels in steps[: _rounded(steps, self.round_to, deps)]:
                     kept[channels] = False
-        return _as_plan(deps, kept, why)
+        plan = _as_plan(deps, kept, why)
+        return replace(plan, shifts=dead.shifts(deps, ~kept)) if dead else plan
 
     def _ratios(self, deps: Dependencies) -> tuple[Scores, dict[int, str]]:
         """A ratio per space, and why it is 0 where it is."""
@@ -115,12 +117,13 @@ class Prune:
         stay = (i for i in range(len(deps.spaces)) if ratios[i] == 0)
         return ratios, {i: "in `ignore`" if i in ignored else why for i in stay}
 
-    def _choose(self, deps: Dependencies, live: Live) -> list[list[Atoms]]:
+    def _choose(self, deps: Dependencies, live: Live, dead: Dead | None) -> list[list[Atoms]]:
         """The channels of the steps that each group takes, the first to go first."""
-        if self.criterion == "dead":
-            dead = dead_channels(deps)
-            ranked = [g.ranked((~dead).astype(np.float64)) for g, _ in live]
-            return [[step for step in steps[:-1] if dead[step].all()] for steps in ranked]
+        if self.criterion != "random":
+            importance.require_numbers(deps)
+        if dead is not None:
+            ranked = [g.ranked((~dead.channels).astype(np.float64)) for g, _ in live]
+            return [[step for step in steps[:-1] if dead.channels[step].all()] for steps in ranked]
         scores = self._score(deps)
         ranked = [g.ranked(scores) for g, _ in live]
         ratios = [ratio for _, ratio in live]
@@ -166,16 +169,14 @@ def _global(ranked: list[list[Atoms]], ratios: list[float], scores: Scores) -> l
 
 def _rounded(steps: list[Atoms], multiple: int, deps: Dependencies) -> int:
     """How many of the steps to take, so that every width is a multiple (or none)."""
-    if multiple == 1:
+    if multiple == 1 or not steps:
         return len(steps)
-    widths = np.array([space.width for space in deps.spaces])
-    left = [widths]
-    for step in steps:
-        gone = np.bincount(deps.space_of[step], minlength=len(widths))
-        left.append(left[-1] - gone)
-    touched = left[-1] < widths
-    fits = (n for n in range(len(steps), 0, -1) if (left[n][touched] % multiple == 0).all())
-    return next(fits, 0)
+    touched, place = np.unique(deps.space_of[np.concatenate(steps)], return_inverse=True)
+    gone = np.zeros((len(steps), len(touched)), dtype=np.int64)
+    np.add.at(gone, (np.repeat(np.arange(len(steps)), [len(step) for step in steps]), place), 1)
+    left = np.array([deps.spaces[i].width for i in touched]) - gone.cumsum(axis=0)
+    fits = np.flatnonzero((left % multiple == 0).all(axis=1))
+    return int(fits[-1]) + 1 if fits.size else 0
 
 
 def _as_plan(deps: Dependencies, kept: npt.NDArray[np.bool_], why: dict[int, str]) -> Plan:

@@ -568,6 +568,15 @@ def test_copies_and_pickles_equal_the_graph():
     assert copy.copy(graph).main.weight is graph.main.weight
 
 
+def test_a_graph_can_be_captured_again():
+    graph = capture(Attention(0.5).train(), sample(2, 5, 8))
+    again = capture(graph, sample(2, 5, 8))
+    assert [n.target for n in again.graph.nodes if n.op == "call_module"] == [
+        n.target for n in graph.graph.nodes if n.op == "call_module"
+    ]
+    assert_same(again, graph, sample(3, 5, 8))
+
+
 def test_the_graph_can_be_exported():
     graph = capture(Attention(0.5).eval(), sample(2, 5, 8))
     batch = torch.export.Dim("batch")
@@ -585,6 +594,24 @@ def test_autocast_inside_forward_is_an_error():
         capture(Mixed(), sample(2, 3, 3))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+def test_inputs_on_another_device_are_an_error():
+    with pytest.raises(CaptureError, match="inputs are on cuda:0 and the model is on cpu"):
+        capture(nn.Linear(3, 4), sample(2, 3).cuda())
+
+
+def test_reshaping_in_place_is_seen():
+    class Reshaped(nn.Module):
+        def forward(self, x):
+            y = x.mul(2)
+            y.unsqueeze_(1)
+            return y.mul(2) + x.size(0)
+
+    graph = capture(Reshaped(), sample(2, 3))
+    assert graph.graph.output_node().meta["val"].dim() == 3
+    assert_same(graph, Reshaped(), sample(4, 3))
+
+
 def test_inputs_that_hide_tensors_are_an_error():
     with pytest.raises(CaptureError, match="holds a Pair"):
         capture(nn.Identity(), Pair(sample(2, 3), sample(2, 3)))
@@ -598,7 +625,7 @@ ZOO = [
     "timm:test_vit",
     "timm:test_convnext",
     "timm:efficientvit_b0",
-    "timm:xcit_nano_12_p8_224",
+    "timm:test_nfnet",
 ]
 
 

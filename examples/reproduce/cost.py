@@ -117,6 +117,8 @@ def cost_of_torch_pruning(tp: Any, model: nn.Module, image: Tensor) -> tuple[Sec
             pruning_ratio=0.5,
             ignored_layers=[classifier_of(model)],
             num_heads=heads_of(model),
+            in_channel_groups={},  # its defaults are shared between all pruners of a process
+            out_channel_groups={},
             prune_head_dims=True,
         )
     with spent(seconds, "prune"):
@@ -131,20 +133,24 @@ def cost_of_torch_pruning(tp: Any, model: nn.Module, image: Tensor) -> tuple[Sec
 def measured(
     run: Callable[[nn.Module, Tensor], tuple[Seconds, nn.Module]], model: nn.Module, image: Tensor
 ) -> tuple[Seconds, float, str]:
-    """CPU seconds, the fraction of the parameters that is left, and what is wrong with the result."""
+    """CPU seconds, the fraction of the parameters left, and what is wrong with the result."""
     fresh = copy.deepcopy(model)
     before = sum(p.numel() for p in fresh.parameters())
     try:
         seconds, small = run(fresh, image)
     except Exception as error:
-        return {}, 1.0, f"raises {type(error).__name__}: {error}".splitlines()[0]
+        return {}, 1.0, f"fails: {_first_line(error)}"
     left = sum(p.numel() for p in small.parameters()) / before
     try:
         with torch.no_grad():
             small.eval()(image)
     except Exception as error:
-        return seconds, left, f"result does not run, {type(error).__name__}: {error}".splitlines()[0]
+        return seconds, left, f"the result does not run: {_first_line(error)}"
     return seconds, left, ""
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 class Series:

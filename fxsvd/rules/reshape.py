@@ -78,7 +78,8 @@ def _tie_ragged(relations: Relations, block: Block, before: Shape, inside: range
         mine = [d for d in merged if d in block.dims]
         pure = len(mine) == len(merged)
         in_order = mine == list(block.dims[-len(mine) :])
-        if len(merged) == 1 or (in_order and (pure or len(mine) == len(block.dims))):
+        inner = merged[: len(mine)] == mine  # whatever is fixed lies inside: the order stays
+        if len(merged) == 1 or (in_order and (pure or inner or len(mine) == len(block.dims))):
             return block
         outer = next((d for d in mine if d != block.dims[-1]), block.dims[-1])
         block = tie(relations, block, outer if pure else block.dims[-1])

@@ -33,11 +33,14 @@ def merged(y: Tensor) -> Tensor:
     return y.transpose(1, 2).reshape(b, n, h * d)
 
 
-QKVO = {"a": (8, 4), "q": (8, 4), "v": (8, 4), **OUT}
-QKV = {"a": (8, 4), "qkv": (16, 8), "qkv#2": (8, 4), **OUT}
+# With a residual, `o` writes the same space as `a`. A query goes with its key.
+QKV = {"a": (8, 4), "q": (8, 4), "v": (8, 4), **OUT}
+QKVO = {**QKV, "o": (8, 4)}
+PACKED = {"a": (8, 4), "qkv": (8, 4), "qkv#2": (8, 4), **OUT}
+PACKED_O = {**PACKED, "o": (8, 4)}
 
 
-@idiom(SEQUENCE, QKVO)
+@idiom(SEQUENCE, QKV)
 def attention_by_hand() -> nn.Module:
     def run(m: Net, x: Tensor) -> Tensor:
         y = m.a(x)
@@ -48,7 +51,7 @@ def attention_by_hand() -> nn.Module:
     return Net(run, **projections())
 
 
-@idiom(SEQUENCE, QKVO)
+@idiom(SEQUENCE, QKV)
 def attention_fused() -> nn.Module:
     def run(m: Net, x: Tensor) -> Tensor:
         y = m.a(x)
@@ -91,7 +94,7 @@ def packed(**more: Any) -> dict[str, Any]:
     return {**layers, "out": nn.Linear(WIDTH, 3), **more}
 
 
-@idiom(SEQUENCE, QKV)
+@idiom(SEQUENCE, PACKED)
 def packed_qkv_as_in_timm() -> nn.Module:
     def run(m: Net, x: Tensor) -> Tensor:
         y = m.a(x)
@@ -103,7 +106,7 @@ def packed_qkv_as_in_timm() -> nn.Module:
     return Net(run, **packed())
 
 
-@idiom(SEQUENCE, QKV)
+@idiom(SEQUENCE, PACKED_O)
 def packed_qkv_by_chunk() -> nn.Module:
     def run(m: Net, x: Tensor) -> Tensor:
         q, k, v = (heads(t) for t in m.qkv(m.a(x)).chunk(3, dim=-1))
@@ -113,7 +116,7 @@ def packed_qkv_by_chunk() -> nn.Module:
     return Net(run, **packed())
 
 
-@idiom(SEQUENCE, QKV)
+@idiom(SEQUENCE, PACKED_O)
 def packed_qkv_by_split() -> nn.Module:
     def run(m: Net, x: Tensor) -> Tensor:
         q, k, v = (heads(t) for t in m.qkv(m.a(x)).split(WIDTH, dim=2))
@@ -122,7 +125,7 @@ def packed_qkv_by_split() -> nn.Module:
     return Net(run, **packed())
 
 
-@idiom(SEQUENCE, QKV)
+@idiom(SEQUENCE, PACKED_O)
 def packed_qkv_heads_first() -> nn.Module:
     """Head by head q, k and v lie side by side (BLOOM, GPT-NeoX)."""
 
@@ -136,7 +139,7 @@ def packed_qkv_heads_first() -> nn.Module:
     return Net(run, **packed())
 
 
-@idiom(SEQUENCE, QKV)
+@idiom(SEQUENCE, {"a": (8, 4), "qkv": (8, 4), "o": (8, 4), **OUT})
 def packed_qkv_indexed() -> nn.Module:
     """``[B, N, heads, d, 3]``, read by subscripts."""
 
@@ -150,7 +153,7 @@ def packed_qkv_indexed() -> nn.Module:
     return Net(run, **packed())
 
 
-@idiom(floats(3, 4, 4), {"a": (8, 4), "qkv": (16, 8), "qkv#2": (8, 4), "out": (3, OUTPUT)})
+@idiom(floats(3, 4, 4), PACKED_O)
 def packed_qkv_by_convolution() -> nn.Module:
     """Positions are queries; channels first."""
 
@@ -167,7 +170,10 @@ def packed_qkv_by_convolution() -> nn.Module:
     )
 
 
-@idiom(SEQUENCE, {"a": (8, 4), "attend": (8, 4), **OUT})
+ATTEND = {"a": (8, 4), "attend": (8, 4), "attend#2": (8, 4), **OUT}
+
+
+@idiom(SEQUENCE, ATTEND)
 def multihead_attention_self() -> nn.Module:
     def run(m: Net, x: Tensor) -> Tensor:
         y = m.a(x)
@@ -176,7 +182,7 @@ def multihead_attention_self() -> nn.Module:
     return Net(run, a=nn.Linear(5, 8), attend=nn.MultiheadAttention(8, 2, batch_first=True), out=nn.Linear(8, 3))
 
 
-@idiom(several(SEQUENCE, floats(4, 7)), {"a": (8, 4), "b": (8, 4), "attend": (8, 4), **OUT})
+@idiom(several(SEQUENCE, floats(4, 7)), {"a": (8, 4), "attend": (8, 4), "attend#2": (8, 4), "attend.out_proj": (8, 4), **OUT})
 def multihead_attention_cross() -> nn.Module:
     """Sequence first; keys and values come from another stream."""
 
@@ -190,7 +196,7 @@ def multihead_attention_cross() -> nn.Module:
 
 @idiom(
     several(SEQUENCE, floats(4, 7)),
-    {"a": (8, 4), "b": (6, 3), "c": (10, 5), "attend": (8, 4), **OUT},
+    {"a": (8, 4), "b": (6, 3), "c": (10, 5), "attend.q_proj_weight": (8, 4), "attend.v_proj_weight": (8, 4), "attend.out_proj": (8, 4), **OUT},
 )
 def multihead_attention_with_other_widths() -> nn.Module:
     def run(m: Net, x: Tensor, y: Tensor) -> Tensor:
@@ -208,7 +214,13 @@ def encoder_layer(**options: Any) -> nn.Module:
     return Net(run, a=nn.Linear(5, 8), block=block, out=nn.Linear(8, 3))
 
 
-ENCODER = {"a": (8, 4), "block.self_attn": (8, 4), "block.linear1": (12, 6), **OUT}
+ENCODER = {
+    "a": (8, 4),
+    "block.self_attn": (8, 4),
+    "block.self_attn#2": (8, 4),
+    "block.linear1": (12, 6),
+    **OUT,
+}
 
 
 @idiom(SEQUENCE, ENCODER)
@@ -221,7 +233,7 @@ def transformer_encoder_layer_norm_first() -> nn.Module:
     return encoder_layer(norm_first=True, activation="gelu")
 
 
-@idiom(several(SEQUENCE, floats(4, 5)), {})
+@idiom(several(SEQUENCE, floats(4, 5)), {"a": (8, 4), "block.self_attn": (8, 4), "block.self_attn#2": (8, 4), "block.multihead_attn": (8, 4), "block.multihead_attn#2": (8, 4), "block.linear1": (12, 6), **OUT})
 def transformer_decoder_layer() -> nn.Module:
     def run(m: Net, x: Tensor, y: Tensor) -> Tensor:
         return m.out(m.block(m.a(x), m.b(y)))
@@ -253,7 +265,8 @@ def grouped_query(expand: Any) -> nn.Module:
     )
 
 
-GQA = {"a": (8, 4), "q": (16, 8), "v": (8, 4), "o": (8, 4), **OUT}
+# 16 queries in 4 heads share 8 keys in 2 heads.
+GQA = {"a": (8, 4), "q": (8, 4), "v": (8, 4), "o": (8, 4), **OUT}
 
 
 @idiom(SEQUENCE, GQA)
@@ -283,7 +296,7 @@ def grouped_query_fused() -> nn.Module:
     return net
 
 
-@idiom(SEQUENCE, {"a": (8, 4), "q": (16, 8), "v": (4, 2), "o": (8, 4), **OUT})
+@idiom(SEQUENCE, {"a": (8, 4), "q": (4, 2), "v": (4, 2), "o": (8, 4), **OUT})
 def multi_query() -> nn.Module:
     """One key and value head for all, broadcast."""
 
@@ -307,7 +320,7 @@ def multi_query() -> nn.Module:
 # ---------------------------------------------------------------- positions and norms inside
 
 
-@idiom(SEQUENCE, QKVO)
+@idiom(SEQUENCE, {**QKV, "q": (2, 1)})
 def rotary_embedding_by_halves() -> nn.Module:
     """LLaMA's rotate_half: a feature, its partner half a head away and their angle go together."""
 
@@ -326,7 +339,7 @@ def rotary_embedding_by_halves() -> nn.Module:
     return Net(run, **projections(inverse=torch.ones(2)))
 
 
-@idiom(SEQUENCE, QKVO)
+@idiom(SEQUENCE, {**QKV, "q": (2, 1)})
 def rotary_embedding_by_pairs() -> nn.Module:
     """Neighbouring features are rotated; tables are buffers."""
 
@@ -343,7 +356,7 @@ def rotary_embedding_by_pairs() -> nn.Module:
     return Net(run, **projections(cos=torch.ones(6, 4), sin=torch.ones(6, 4)))
 
 
-@idiom(SEQUENCE, QKVO)
+@idiom(SEQUENCE, {**QKV, "q": (4, 2)})
 def norm_of_queries_and_keys() -> nn.Module:
     """One norm for all heads: every head keeps the same features."""
 
@@ -356,7 +369,7 @@ def norm_of_queries_and_keys() -> nn.Module:
     return Net(run, **projections(nq=nn.LayerNorm(4), nk=nn.RMSNorm(4)))
 
 
-@idiom(floats(4, 4, 5), {"a": (8, 4), "qkv": (16, 8), "qkv#2": (8, 4), **OUT})
+@idiom(floats(4, 4, 5), PACKED)
 def window_attention_with_relative_position_bias() -> nn.Module:
     """Swin's: windows of 2 × 2, a cyclic shift, a table of biases per head."""
 
@@ -389,7 +402,7 @@ def patch_merging() -> nn.Module:
     return Net(run, a=nn.Linear(5, 8), norm=nn.LayerNorm(32), merge=nn.Linear(32, 12, bias=False), out=nn.Linear(12, 3))
 
 
-@idiom(floats(3, 4, 4), {"a": (8, 4), "qkv": (8, 4), "qkv#2": (8, 4), "qkv#3": (8, 4), "out": (3, OUTPUT)})
+@idiom(floats(3, 4, 4), {"a": (8, 4), "qkv": (2, 1), "o": (8, 4), **OUT})
 def attention_over_channels() -> nn.Module:
     """XCiT's: features attend to features, so those of q and k are what the softmax runs over."""
 
@@ -405,7 +418,7 @@ def attention_over_channels() -> nn.Module:
     )
 
 
-@idiom(SEQUENCE, {"a": (8, 4), "q": (8, 4), "v": (8, 4), **OUT})
+@idiom(SEQUENCE, QKVO)
 def linear_attention() -> nn.Module:
     def run(m: Net, x: Tensor) -> Tensor:
         y = m.a(x)

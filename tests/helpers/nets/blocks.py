@@ -82,7 +82,7 @@ def cbam() -> nn.Module:
     )
 
 
-@idiom(IMAGE, {"a.0": (8, 4), "b.0": (8, 4), "mix": (4, 2), "weigh": (16, 8), **HEAD})
+@idiom(IMAGE, {"a.0": (8, 4), "b.0": (8, 4), "mix": (4, 2), **HEAD})
 def selective_kernel() -> nn.Module:
     """Two branches weighed against each other by a softmax over the branches."""
 
@@ -123,7 +123,7 @@ def swiglu() -> nn.Module:
     return gated(F.silu)
 
 
-@idiom(SEQUENCE, {"a": (8, 4), "w": (24, 12), **OUT})
+@idiom(SEQUENCE, {"a": (8, 4), "w": (12, 6), **OUT})
 def geglu_packed() -> nn.Module:
     def run(m: Net, x: Tensor) -> Tensor:
         y = m.a(x)
@@ -133,7 +133,7 @@ def geglu_packed() -> nn.Module:
     return Net(run, a=nn.Linear(5, 8), w=nn.Linear(8, 24), back=nn.Linear(12, 8), out=nn.Linear(8, 3))
 
 
-@idiom(SEQUENCE, {"a": (8, 4), "w": (24, 12), **OUT})
+@idiom(SEQUENCE, {"a": (8, 4), "w": (12, 6), **OUT})
 def glu_layer() -> nn.Module:
     def run(m: Net, x: Tensor) -> Tensor:
         y = m.a(x)
@@ -142,7 +142,7 @@ def glu_layer() -> nn.Module:
     return Net(run, a=nn.Linear(5, 8), w=nn.Linear(8, 24), glu=nn.GLU(), back=nn.Linear(12, 8), out=nn.Linear(8, 3))
 
 
-@idiom(IMAGE, {"a.0": (8, 4), "b": (24, 12), **HEAD})
+@idiom(IMAGE, {"a.0": (8, 4), "b": (12, 6), **HEAD})
 def simple_gate() -> nn.Module:
     """NAFNet's: one half times the other, along channels."""
 
@@ -251,7 +251,7 @@ def convnext_v2_block() -> nn.Module:
     )
 
 
-@idiom(IMAGE, {"a.0": (8, 4), "b.0": (4, 2), "c.0": (4, 2), **HEAD})
+@idiom(IMAGE, {"a.0": (2, 1), "a.0#2": (2, 1), "a.0#3": (4, 2), **HEAD})
 def shufflenet_v2_block() -> nn.Module:
     """Half passes, half is computed; then both are shuffled and split again."""
 
@@ -269,7 +269,7 @@ def shufflenet_v2_block() -> nn.Module:
     return Net(run, a=unit(3, 8), b=unit(4, 4), c=unit(4, 4), head=head(8))
 
 
-@idiom(IMAGE, {"a.0": (8, 4), "b.0": (4, 2), "d.0": (6, 3), **HEAD})
+@idiom(IMAGE, {"a.0": (4, 2), "a.0#2": (4, 2), "b.0": (4, 2), "d.0": (6, 3), **HEAD})
 def c2f_block() -> nn.Module:
     """YOLOv8's: split, bottlenecks one after the other, everything joined."""
 
@@ -293,7 +293,7 @@ def ghost_module() -> nn.Module:
     return Net(run, a=unit(3, 4), cheap=unit(4, 4, groups=4), b=unit(7, 6), head=head(6))
 
 
-@idiom(IMAGE, {"a.0": (8, 4), "b.0": (4, 2), "c.0": (4, 2), **HEAD})
+@idiom(IMAGE, {"a.0": (4, 2), "a.0#2": (4, 2), "c.0": (4, 2), **HEAD})
 def res2net_block() -> nn.Module:
     """Scales one after the other, each added to the next part."""
 
@@ -324,7 +324,7 @@ def reparametrizable_branches() -> nn.Module:
     )
 
 
-@idiom(IMAGE, {"a": (8, 4), "b": (6, 3), "c": (4, 2), **HEAD})
+@idiom(IMAGE, {"a": (8, 4), "b": (6, 3), "side2": (4, 2), **HEAD})
 def feature_pyramid() -> nn.Module:
     def run(m: Net, x: Tensor) -> Any:
         fine = m.a(x).relu()
@@ -336,7 +336,7 @@ def feature_pyramid() -> nn.Module:
     return Net(run, a=conv(3, 8), b=conv(8, 6), c=conv(8, 4, 1), side2=conv(6, 4, 1), head=head(4))
 
 
-@idiom(floats(4, 6, 5), {"a": (8, 4), "gate": (8, 4), **OUT})
+@idiom(floats(4, 6, 5), {"a": (8, 4), **OUT})
 def attention_pooling() -> nn.Module:
     """A softmax over positions per channel."""
 
@@ -347,7 +347,7 @@ def attention_pooling() -> nn.Module:
     return Net(run, a=nn.Linear(5, 8), gate=nn.Linear(8, 8), out=nn.Linear(8, 3))
 
 
-@idiom(SEQUENCE, {"a": (8, 4), "book": (8, 4), **OUT})
+@idiom(SEQUENCE, {"a": (8, 4), **OUT})
 def nearest_of_a_codebook() -> nn.Module:
     """Distances to learned codes, softly assigned."""
 

@@ -130,7 +130,7 @@ def depthwise_transposed_with_multiplier() -> nn.Module:
     return Net(chain, a=conv(3, 8), r=nn.ReLU(), depth=depth, s=nn.ReLU(), head=head(16))
 
 
-@idiom(IMAGE, {"depth": (9, "it is the network's input"), "b": (8, 4), **HEAD})
+@idiom(IMAGE, {"b": (8, 4), **HEAD})
 def depthwise_on_the_input() -> nn.Module:
     return Net(chain, depth=conv(3, 9, groups=3), b=conv(9, 8), head=head(8))
 
@@ -228,7 +228,7 @@ def functional_norms() -> nn.Module:
     return Net(run, a=conv(3, 8), gain=gain, shift=shift, head=head(8))
 
 
-@idiom(IMAGE, {"a": (8, 4), "n": (8, "reads an axis of fixed width"), **HEAD})
+@idiom(IMAGE, {"a": (8, 4), **HEAD})
 def layer_norm_over_positions_too() -> nn.Module:
     """A raw weight over channels, height and width loses channels only."""
 
@@ -263,7 +263,7 @@ def weight_norm_old() -> nn.Module:
     return Net(chain, a=with_norm[0], r=nn.ReLU(), b=with_norm[1], s=nn.ReLU(), head=head(6))
 
 
-@idiom(IMAGE, {"a": (8, 4), "b": (6, 3), **HEAD})
+@idiom(IMAGE, {"a.parametrizations.weight.original1": (8, 4), "b.parametrizations.weight.original1": (6, 3), **HEAD})
 def weight_norm_parametrized() -> nn.Module:
     return Net(
         chain,
@@ -376,7 +376,7 @@ def class_token_of_patches() -> nn.Module:
     )
 
 
-@idiom(floats(3), {"start": (6, 3), "b": (8, 4), **OUT})
+@idiom(floats(3), {"style": (6, 3), "b": (8, 4), **OUT})
 def learned_constant_input() -> nn.Module:
     """A generator's learned start, repeated over the batch, scaled by a style."""
 
@@ -442,7 +442,7 @@ def addmm_and_bmm() -> nn.Module:
     )
 
 
-@idiom(SEQUENCE, {"a": (8, 4), "experts": (12, 6), "out": (3, OUTPUT)})
+@idiom(SEQUENCE, {"a": (8, 4), "gate": (4, 'mixes along it'), "experts": (4, 'ties it to an axis of fixed width'), "experts#2": (12, 6), **OUT})
 def mixture_of_experts_by_einsum() -> nn.Module:
     """Every expert runs, a softmax weighs them: the features of each can go, the experts stay."""
 

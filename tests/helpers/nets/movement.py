@@ -37,7 +37,7 @@ def flatten_with_literal_size() -> nn.Module:
     return Net(run, a=conv(3, 8), fc=nn.Linear(8 * 16, 6), out=nn.Linear(6, 3))
 
 
-@idiom(floats(5), {"a": (128, 64), "b": (6, 3), **OUT})
+@idiom(floats(5), {"a": (8, 4), "b": (6, 3), **OUT})
 def unflatten_after_linear() -> nn.Module:
     """A decoder: the linear's outputs become channels and positions; a channel goes as a whole."""
 
@@ -47,7 +47,7 @@ def unflatten_after_linear() -> nn.Module:
     return Net(run, a=nn.Linear(5, 128), u=nn.Unflatten(1, (8, 4, 4)), b=conv(8, 6), out=nn.Linear(6, 3))
 
 
-@idiom(VECTOR, {"a": (12, 6), **OUT})
+@idiom(VECTOR, {"a": (12, 4), **OUT})
 def maxout() -> nn.Module:
     """Pieces of a unit go together."""
 
@@ -57,7 +57,7 @@ def maxout() -> nn.Module:
     return Net(run, a=nn.Linear(7, 12), out=nn.Linear(4, 3))
 
 
-@idiom(VECTOR, {"a": (12, 6), **OUT})
+@idiom(VECTOR, {"a": (6, 3), **OUT})
 def maxout_of_halves() -> nn.Module:
     def run(m: Net, x: Tensor) -> Tensor:
         left, right = m.a(x).chunk(2, dim=1)
@@ -111,7 +111,7 @@ def stack_and_mean() -> nn.Module:
     return Net(run, **layers, weights=nn.Parameter(torch.zeros(3)), out=nn.Linear(8, 3))
 
 
-@idiom(IMAGE, {"a": (8, 4), "b": (16, 8), **HEAD})
+@idiom(IMAGE, {"a": (8, 4), "b": (8, 4), **HEAD})
 def option_a_shortcut() -> nn.Module:
     """ResNet's zero-padded shortcut: what is added is what the padding keeps."""
 
@@ -125,7 +125,7 @@ def option_a_shortcut() -> nn.Module:
 # ---------------------------------------------------------------- splitting
 
 
-@idiom(IMAGE, {"a": (8, 4), "b": (4, 2), **HEAD})
+@idiom(IMAGE, {"a": (4, 2), "a#2": (4, 2), "b": (4, 2), **HEAD})
 def split_in_two() -> nn.Module:
     def run(m: Net, x: Tensor) -> Tensor:
         left, right = torch.split(m.a(x).relu(), 4, dim=1)
@@ -134,7 +134,7 @@ def split_in_two() -> nn.Module:
     return Net(run, a=conv(3, 8), b=conv(4, 4), head=head(8))
 
 
-@idiom(IMAGE, {"a": (12, 6), "b": (4, 2), "c": (6, 3), **HEAD})
+@idiom(IMAGE, {"a": (2, 1), "a#2": (6, 3), "a#3": (4, 2), "b": (4, 2), "c": (6, 3), **HEAD})
 def split_in_unequal_parts() -> nn.Module:
     def run(m: Net, x: Tensor) -> Tensor:
         p, q, r = m.a(x).relu().split([2, 6, 4], dim=1)
@@ -143,7 +143,7 @@ def split_in_unequal_parts() -> nn.Module:
     return Net(run, a=conv(3, 12), b=conv(6, 4), c=conv(4, 6), head=head(12))
 
 
-@idiom(IMAGE, {"a": (12, 6), "b": (6, 3), **HEAD})
+@idiom(IMAGE, {"a": (4, 2), "b": (6, 3), **HEAD})
 def chunk_in_three() -> nn.Module:
     def run(m: Net, x: Tensor) -> Tensor:
         p, q, r = m.a(x).chunk(3, 1)
@@ -152,7 +152,7 @@ def chunk_in_three() -> nn.Module:
     return Net(run, a=conv(3, 12), b=conv(4, 6), head=head(6))
 
 
-@idiom(IMAGE, {"a": (8, 4), "b": (6, 3), **HEAD})
+@idiom(IMAGE, {"a": (3, 1), "a#2": (5, 2), "b": (6, 3), **HEAD})
 def slices_with_literals() -> nn.Module:
     def run(m: Net, x: Tensor) -> Tensor:
         y = m.a(x).relu()
@@ -161,7 +161,7 @@ def slices_with_literals() -> nn.Module:
     return Net(run, a=conv(3, 8), b=conv(5, 6), head=head(9))
 
 
-@idiom(VECTOR, {"a": (8, 4), "b": (6, 3), **OUT})
+@idiom(VECTOR, {"a": (4, 2), "b": (6, 3), **OUT})
 def strided_slices() -> nn.Module:
     """Even and odd channels go in pairs of neighbours or each by itself, never mispaired."""
 
@@ -172,7 +172,7 @@ def strided_slices() -> nn.Module:
     return Net(run, a=nn.Linear(7, 8), b=nn.Linear(4, 6), out=nn.Linear(6, 3))
 
 
-@idiom(VECTOR, {"a": (12, 6), **OUT})
+@idiom(VECTOR, {"a": (4, 2), **OUT})
 def unbind_rows() -> nn.Module:
     def run(m: Net, x: Tensor) -> Tensor:
         p, q, r = m.a(x).view(-1, 3, 4).unbind(1)
@@ -181,7 +181,7 @@ def unbind_rows() -> nn.Module:
     return Net(run, a=nn.Linear(7, 12), out=nn.Linear(4, 3))
 
 
-@idiom(VECTOR, {"a": (12, 6), **OUT})
+@idiom(VECTOR, {"a": (6, 3), **OUT})
 def select_rows() -> nn.Module:
     def run(m: Net, x: Tensor) -> Tensor:
         y = m.a(x).unflatten(-1, (2, 6))
@@ -201,7 +201,7 @@ def roll_channels() -> nn.Module:
     return Net(run, a=nn.Linear(7, 8), out=nn.Linear(8, 3))
 
 
-@idiom(VECTOR, {"a": (8, 4), **OUT})
+@idiom(VECTOR, {"a": (4, 2), **OUT})
 def flip_channels() -> nn.Module:
     """A residual over the flipped: channel i goes with channel 7 - i."""
 
@@ -234,7 +234,7 @@ def shifted_channels() -> nn.Module:
     return Net(run, a=conv(3, 8), head=head(8))
 
 
-@idiom(IMAGE, {"a": (8, 4), "b": (8, 4), **HEAD})
+@idiom(IMAGE, {"a": (4, 2), "b": (8, 4), **HEAD})
 def channel_shuffle_by_hand() -> nn.Module:
     """Both grouped convolutions keep equally many in each of their groups."""
 
@@ -247,14 +247,14 @@ def channel_shuffle_by_hand() -> nn.Module:
     return Net(run, a=conv(3, 8), b=conv(8, 8, groups=2), head=head(8))
 
 
-@idiom(IMAGE, {"a": (8, 4), "b": (8, 4), **HEAD})
+@idiom(IMAGE, {"a": (4, 2), "b": (8, 4), **HEAD})
 def channel_shuffle_layer() -> nn.Module:
     return Net(
         chain, a=conv(3, 8), r=nn.ReLU(), s=nn.ChannelShuffle(2), b=conv(8, 8, groups=2), t=nn.ReLU(), head=head(8)
     )
 
 
-@idiom(IMAGE, {"a": (16, 8), "b": (6, 3), **HEAD})
+@idiom(IMAGE, {"a": (4, 2), "b": (6, 3), **HEAD})
 def pixel_shuffle() -> nn.Module:
     """The four channels that make one go together."""
     return Net(chain, a=conv(3, 16), s=nn.PixelShuffle(2), b=conv(4, 6), r=nn.ReLU(), head=head(6))
@@ -291,7 +291,7 @@ def space_to_depth_by_slices() -> nn.Module:
 # ---------------------------------------------------------------- writing in place
 
 
-@idiom(IMAGE, {"a": (8, 4), **HEAD})
+@idiom(IMAGE, {"a": (4, 2), "a#2": (4, 2), **HEAD})
 def slice_written_in_place() -> nn.Module:
     """FasterNet's partial convolution in its forward for inference."""
 
@@ -352,7 +352,7 @@ def upsampling_layer_and_padding() -> nn.Module:
     )
 
 
-@idiom(SEQUENCE, {"a": (8, 4), "time": (4, "positions"), **OUT})
+@idiom(SEQUENCE, {"a": (8, 4), "time": (4, 2), "back": (6, 'ties it to an axis of fixed width'), **OUT})
 def mixer_over_positions() -> nn.Module:
     """An MLP over positions: its hidden width goes, the number of positions stays."""
 
@@ -369,6 +369,6 @@ def output_is_the_space() -> nn.Module:
     return Net(lambda m, x: m.a(x).relu(), a=nn.Linear(7, 8))
 
 
-@idiom(VECTOR, {"a": (7, "tied to"), **OUT})
+@idiom(VECTOR, {"a": (7, 'ties it to an axis of fixed width'), **OUT})
 def residual_with_the_input() -> nn.Module:
     return Net(lambda m, x: m.out(x + m.a(x)), a=nn.Linear(7, 7), out=nn.Linear(7, 3))
