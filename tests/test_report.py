@@ -49,7 +49,7 @@ def test_the_text_is_a_table() -> None:
     assert str(report).splitlines() == [
         "                      before     after    kept",
         "parameters              258       130    50.4%",
-        "MACs                  13.8 k    6.93 k   50.1%",
+        "MACs                  13.8 k    6.92 k   50.0%",
         "bytes                 1.10 k      560    50.7%",
         "activation bytes      4.86 k    2.82 k   57.9%",
         "",

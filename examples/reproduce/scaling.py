@@ -15,6 +15,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,6 +26,8 @@ from fxsvd.dependency import analyze
 from fxsvd.passes import Prune
 from fxsvd.rewrite import rewrite
 
+Build = Callable[[int], tuple[nn.Module, Tensor]]
+Result = TypeVar("Result")
 STAGES = ("capture", "analyse", "plan", "rewrite")
 LIMIT = 1.1
 
@@ -76,31 +79,26 @@ def transformer(blocks: int) -> tuple[nn.Module, Tensor]:
     return nn.Sequential(nn.Linear(4, 8), *body, nn.Linear(8, 4)).eval(), torch.zeros(1, 5, 4)
 
 
-NETWORKS: dict[str, Callable[[int], tuple[nn.Module, Tensor]]] = {
-    "residual": residual,
-    "transformer": transformer,
-}
+NETWORKS: dict[str, Build] = {"residual": residual, "transformer": transformer}
 
 
 def seconds_of(model: nn.Module, example: Tensor) -> tuple[dict[str, float], int]:
     """CPU seconds by stage, and the number of graph nodes."""
-    clock = [_now()]
-    graph = fxsvd.capture(model, example, check=False)
-    clock.append(_now())
-    deps = analyze(graph)
-    clock.append(_now())
-    plan = Prune(ratio=0.5).propose(deps)
-    clock.append(_now())
-    small = rewrite(deps, plan)
-    clock.append(_now())
+    spent: dict[str, float] = {}
+    graph = _timed(spent, "capture", lambda: fxsvd.capture(model, example, check=False))
+    deps = _timed(spent, "analyse", lambda: analyze(graph))
+    plan = _timed(spent, "plan", lambda: Prune(ratio=0.5).propose(deps))
+    small = _timed(spent, "rewrite", lambda: rewrite(deps, plan))
     _require_narrowed(graph, small)
-    spent = (after - before for before, after in zip(clock, clock[1:], strict=False))
-    return dict(zip(STAGES, spent, strict=True)), len(graph.graph.nodes)
+    return spent, len(graph.graph.nodes)
 
 
-def _now() -> float:
+def _timed(spent: dict[str, float], stage: str, work: Callable[[], Result]) -> Result:
     gc.collect()
-    return time.process_time()
+    start = time.process_time()
+    result = work()
+    spent[stage] = time.process_time() - start
+    return result
 
 
 def _require_narrowed(graph: fx.GraphModule, small: fx.GraphModule) -> None:
@@ -108,9 +106,7 @@ def _require_narrowed(graph: fx.GraphModule, small: fx.GraphModule) -> None:
     assert after < 0.5 * before, "half of every space should be gone"
 
 
-def measure(
-    build: Callable[[int], tuple[nn.Module, Tensor]], blocks: int, runs: int
-) -> list[float]:
+def measure(build: Build, blocks: int, runs: int) -> list[float]:
     """Nodes, then the least CPU seconds of every stage."""
     model, example = build(blocks)
     found = []
