@@ -170,7 +170,7 @@ def _unpack(value: Any, made: dict[str, fx.Node]) -> Any:
 
 def _import(qualified_name: str) -> Any:
     """Finds an object by its dotted name, of which some leading part is a module."""
-    parts = qualified_name.split(".")
+    parts = qualified_name.split(".") if "." in qualified_name else ["builtins", qualified_name]
     for size in range(len(parts) - 1, 0, -1):
         try:
             found: Any = importlib.import_module(".".join(parts[:size]))

@@ -97,7 +97,7 @@ class Dependencies:
         graph = nx.DiGraph()
         for space in self.spaces:
             graph.add_node(space.name, kind="space", width=space.width, frozen=space.frozen)
-            for role, sites in (("writes", space.producers), ("follows", space.followers)):
+            for role, sites in (("follows", space.followers), ("writes", space.producers)):
                 for site in sites:
                     graph.add_edge(layer_name(site.tensor), space.name, role=role)
             for site in space.consumers:

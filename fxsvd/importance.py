@@ -145,8 +145,10 @@ def _add(
     """Sum over all dimensions but a block's, without an intermediate as large as the parameter."""
     every = range(factors[0].ndim)
     operands = [part for factor in factors for part in (factor, every)]
-    for block in known.type.blocks:
-        numbers = np.einsum(*operands, block.dims).astype(np.float64)
+    channels = [(block.dims, deps.channels.of[block.atoms]) for block in known.type.blocks]
+    in_spaces = [(dims, of) for dims, of in channels if (deps.space_of[of] >= 0).any()]
+    for dims, of in in_spaces or channels[:1]:  # one at least, so that every number is looked at
+        numbers = np.einsum(*operands, dims).astype(np.float64)
         if not np.isfinite(numbers).all():
             raise PlanError(f"{known.names[0]} holds numbers that are not finite")
-        np.add.at(out, deps.channels.of[block.atoms], numbers)
+        np.add.at(out, of, numbers)

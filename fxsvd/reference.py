@@ -7,13 +7,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from fxsvd.analysis import Parameter, attribute
 from fxsvd.axes import TensorType
 from fxsvd.capture import BATCH_HINT
 from fxsvd.dependency import Dependencies
 from fxsvd.narrowing import Narrowing
+from fxsvd.rules import RULES, elementwise, normalization
 from fxsvd.running import doubled
 from fxsvd.survivors import SURVIVING
 
@@ -34,9 +37,10 @@ def silenced(deps: Dependencies, narrowing: Narrowing, values: Values) -> fx.Gra
         values: the numbers to use, by identity of the parameter or buffer.
     """
     memo: dict[int, Any] = {}
+    divisors = _divisors(deps)
     for known in deps.analysis.parameters.values():
         value = narrowing.shifted(known, values[id(known.value)])
-        value = narrowing.silence(value, known.type)
+        value = _silence(narrowing, known, value, divisors)
         memo[id(known.value)] = like(known.value, value)
     graph: fx.GraphModule = doubled(copy.deepcopy(deps.analysis.graph, memo))
     for node, original in zip(
@@ -63,15 +67,48 @@ def mask(model: nn.Module, deps: Dependencies, narrowing: Narrowing) -> nn.Modul
     result = copy.deepcopy(model)
     tensors: dict[str, Tensor] = dict(result.named_parameters(remove_duplicate=False))
     tensors |= result.named_buffers(remove_duplicate=False)
+    divisors = _divisors(deps)
     with torch.no_grad():
         for known in deps.analysis.parameters.values():
             if known.names[0] in tensors and narrowing.changes(known):
                 value = narrowing.shifted(known, known.value.detach())
-                tensors[known.names[0]].copy_(narrowing.silence(value, known.type))
+                value = _silence(narrowing, known, value, divisors)
+                tensors[known.names[0]].copy_(value)
+    for module in result.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # no fused path, which would pass the norms by
     for node, t in deps.analysis.types.items():
         if node.op == "call_module" and isinstance(t, TensorType) and narrowing.touches(t):
             _patch_norm(result.get_submodule(str(node.target)), _Mask(t, narrowing))
     return result
+
+
+def _silence(
+    narrowing: Narrowing, known: Parameter, value: Tensor, divisors: dict[int, list[int]]
+) -> Tensor:
+    """Zeros where something goes; ones where it divides, lest 0 / 0 spread over the network."""
+    value = narrowing.silence(value, known.type)
+    for dim in divisors.get(id(known.value), ()):
+        dead = torch.from_numpy(np.flatnonzero(~narrowing.along(known.type, dim)))
+        value = value.index_fill(dim, dead.to(value.device), 1.0)
+    return value
+
+
+def _divisors(deps: Dependencies) -> dict[int, list[int]]:
+    """Axes of parameters (by identity) along which zeros would divide: x / s, and v / ‖v‖."""
+    out: dict[int, list[int]] = {}
+    for node in deps.analysis.types:
+        rule = RULES.get(node.target)
+        divides = rule in (elementwise.div, normalization.weight_norm) and len(node.args) > 1
+        source = node.args[1 if rule is elementwise.div else 0] if divides else None
+        while isinstance(source, fx.Node) and len(source.all_input_nodes) == 1:
+            (source,) = source.all_input_nodes
+        if isinstance(source, fx.Node) and source.op == "get_attr":
+            value = attribute(deps.analysis.graph, str(source.target))
+            last = node.args[2] if len(node.args) > 2 else 0
+            dims = range(value.dim()) if rule is elementwise.div else [last]
+            out.setdefault(id(value), []).extend(dims)
+    return out
 
 
 def _patch_norm(module: nn.Module, survivors: _Mask) -> None:

@@ -46,7 +46,8 @@ def view_literals(edit: Edit) -> None:
     if any(isinstance(size, torch.dtype) for size in sizes):
         return
     new = mended(edit, sizes, edit.out.shape, edit.shape(edit.out))
-    edit.node.args, edit.node.kwargs = (first, new), {}
+    spread = len(rest) > 1  # x.view(a, b), as against x.view((a, b))
+    edit.node.args, edit.node.kwargs = (first, *new) if spread else (first, new), {}
 
 
 @literals(*spellings("unflatten"))

@@ -82,7 +82,7 @@ def attention_with_baddbmm() -> nn.Module:
         y = m.a(x)
         b, n, c = y.shape
         q, k, v = (heads(layer(y)).reshape(b * HEADS, n, c // HEADS) for layer in (m.q, m.k, m.v))
-        zero = torch.zeros(b * HEADS, n, n, dtype=y.dtype, device=y.device)
+        zero = y.new_zeros(b * HEADS, n, n)
         scores = torch.baddbmm(zero, q, k.transpose(1, 2), beta=0, alpha=0.5).softmax(-1)
         return m.out(m.o(merged(torch.bmm(scores, v).view(b, HEADS, n, c // HEADS))))
 

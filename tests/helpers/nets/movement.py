@@ -47,9 +47,9 @@ def unflatten_after_linear() -> nn.Module:
     return Net(run, a=nn.Linear(5, 128), u=nn.Unflatten(1, (8, 4, 4)), b=conv(8, 6), out=nn.Linear(6, 3))
 
 
-@idiom(VECTOR, {"a": (12, 4), **OUT})
+@idiom(VECTOR, {"a": (12, 4), **OUT}, masked=False)
 def maxout() -> nn.Module:
-    """Pieces of a unit go together."""
+    """Every unit keeps one of its three pieces."""
 
     def run(m: Net, x: Tensor) -> Tensor:
         return m.out(m.a(x).view(-1, 4, 3).amax(-1))
@@ -297,8 +297,9 @@ def slice_written_in_place() -> nn.Module:
 
     def run(m: Net, x: Tensor) -> Tensor:
         y = m.a(x)
-        y[:, :4] = m.part(y[:, :4])
-        return m.head(y.relu())
+        z = y.clone()
+        z[:, :4] = m.part(y[:, :4])
+        return m.head(z.relu())
 
     return Net(run, a=conv(3, 8), part=conv(4, 4), head=head(8))
 
