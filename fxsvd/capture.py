@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import _get_qualified_name
 
 from fxsvd.capture_fake import BATCH_HINT, Fakes, concrete
+from fxsvd.capture_idioms import name_shuffles
 from fxsvd.capture_record import LEAF_TYPES, Recorder, intercepted, is_leaf
 from fxsvd.errors import CaptureError, FxsvdError
 
@@ -534,6 +535,7 @@ def _assemble(
         captured._modules[name] = switch
     if reason is not None:
         captured.meta[_TRAIN_GRAPH] = reason
+    name_shuffles(recorder.graph)
     captured.graph = recorder.graph
     return captured
 

@@ -21,7 +21,9 @@ from fxsvd.errors import CaptureError
 LEAF_TYPES: set[type[nn.Module]] = set()
 """Users' layer types that stay whole in the graph (subclasses too), besides torch's own layers."""
 
+# Traced inside; a channel shuffle too: its one function may have to become another.
 _CONTAINERS = (
+    nn.ChannelShuffle,
     nn.Sequential,
     nn.ModuleList,
     nn.ModuleDict,

@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="default: here")
-    parser.add_argument("--epochs", type=_positive, default=8, help="of training (default 8)")
+    parser.add_argument("--epochs", type=_positive, default=6, help="of training (default 6)")
     parser.set_defaults(run=_demo)
 
 

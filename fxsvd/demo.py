@@ -124,7 +124,7 @@ def accuracy(model: nn.Module, data: Digits) -> float:
 
 
 def run(
-    out: Path, progress: Callable[[str], None], *, epochs: int = 8, tuning_epochs: int = 4
+    out: Path, progress: Callable[[str], None], *, epochs: int = 6, tuning_epochs: int = 3
 ) -> str:
     """Train a network, halve its widths, fine-tune, export; returns the account of it.
 

@@ -128,7 +128,7 @@ def recurrent_arguments(
 
 CONVOLUTION = {
     "operands": ("weight", "bias"),
-    "options": ("groups",),
+    "options": ("groups", "stride", "padding"),
     "resize": resize_convolution,
 }
 BATCH_NORM = {
@@ -208,7 +208,6 @@ row(nn.Flatten, op=torch.flatten)
 row(nn.Unflatten, op=torch.flatten, resize=resize_unflatten)
 row(nn.PixelShuffle, op=F.pixel_shuffle, options=("upscale_factor",))
 row(nn.PixelUnshuffle, op=F.pixel_unshuffle, options=("downscale_factor",))
-row(nn.ChannelShuffle, op=F.channel_shuffle, options=("groups",))
 row(nn.Unfold, op=F.unfold)
 row(nn.Fold, op=F.fold)
 for _k in (1, 2, 3):

@@ -7,6 +7,7 @@ touched and never duplicated. Then literals in the graph and attributes of layer
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import operator
 from dataclasses import dataclass
@@ -135,6 +136,15 @@ class _Edit:
             if after // common > 1:
                 entry = self.node.graph.call_function(operator.mul, (entry, after // common))
             return self.node.graph.call_function(operator.floordiv, (entry, before // common))
+
+    def constant(self, name: str, value: torch.Tensor) -> fx.Node:
+        root = self.node.graph.owning_module
+        assert root is not None  # a copy of a captured graph
+        number = next(i for i in itertools.count() if not hasattr(root, f"_{name}{i}"))
+        device = next((p.device for p in root.parameters()), torch.device("cpu"))
+        root.register_buffer(f"_{name}{number}", value.to(device), persistent=False)
+        with self.node.graph.inserting_before(self.node):
+            return self.node.graph.get_attr(f"_{name}{number}")
 
     def buffer(self, node: fx.Node, value: torch.Tensor) -> None:
         path, _, name = str(node.target).rpartition(".")

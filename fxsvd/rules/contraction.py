@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import string
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -119,8 +120,24 @@ def convolution(
     dilation: Any = 1,
     groups: int = 1,
 ) -> TensorType:
-    """``weight`` is ``[out, in / groups, …]``; of kernel and positions nothing can go."""
-    return _convolve(call, input, weight, bias, groups, "oi")
+    """``weight`` is ``[out, in / groups, …]``; of the kernel nothing can go, nor of positions."""
+    passing = _passing(input, weight, stride, padding) if groups == 1 else []
+    return _convolve(call, input, weight, bias, groups, "oi", passing)
+
+
+def _passing(x: TensorType, w: TensorType, stride: Any, padding: Any) -> list[int]:
+    """Dimensions of channels that a kernel of size one leaves alone (``nn.Conv1d`` over a stack)."""
+    kernel, first = w.shape[2:], len(x.shape) - len(w.shape) + 2
+    if not x.touches(range(first, len(x.shape))):
+        return []
+    strides, pads = (
+        tuple(n) if isinstance(n, (tuple, list)) else (n,) * len(kernel) for n in (stride, padding)
+    )
+    return [
+        first + i
+        for i, size in enumerate(kernel)
+        if size == 1 and strides[i] == 1 and pads[i] in (0, "same", "valid")
+    ]
 
 
 @rule(*dict.fromkeys(TRANSPOSED))
@@ -140,26 +157,33 @@ def transposed(
 
 
 def _convolve(
-    call: Call, x: TensorType, w: TensorType, bias: TensorType | None, groups: int, order: str
+    call: Call,
+    x: TensorType,
+    w: TensorType,
+    bias: TensorType | None,
+    groups: int,
+    order: str,
+    passing: Sequence[int] = (),
 ) -> TensorType:
     kernel = len(w.shape) - 2
     channel = len(x.shape) - kernel - 1
-    x = _channels_only(call, x, channel + 1)
+    x = _channels_only(call, x, channel + 1, passing)
     w = _channels_only(call, w, 2)
+    batch, behind = LETTERS[:channel], LETTERS[channel : len(x.shape) - 1]
     if groups == 1:
-        batch = LETTERS[:channel]
-        out = call.einsum([(batch + "i", x), (order, w)], batch + "o")
+        out = call.einsum([(batch + "i" + behind, x), (order, w)], batch + "o" + behind)
     else:
         out = _grouped(call, x, w, groups, channel, order)
-    if bias is not None:
-        out = call.combine(out, bias)
+    out = vector_on(call, out, bias, channel)
     return TensorType(tuple(call.out), out.blocks)
 
 
-def _channels_only(call: Call, t: TensorType, rank: int) -> TensorType:
-    """The leading dimensions; channels along positions or kernels cannot go."""
-    t = call.fix(t, range(rank, len(t.shape)), "slides along it")
-    return TensorType(t.shape[:rank], t.blocks, t.stored)
+def _channels_only(
+    call: Call, t: TensorType, rank: int, passing: Sequence[int] = ()
+) -> TensorType:
+    """The leading dimensions; channels along positions or kernels cannot go, but for ``passing``."""
+    t = call.fix(t, set(range(rank, len(t.shape))).difference(passing), "slides along it")
+    return t if passing else TensorType(t.shape[:rank], t.blocks, t.stored)
 
 
 def _grouped(

@@ -22,6 +22,7 @@ from fxsvd.axes import (
     permute,
     take,
 )
+from fxsvd.relations import Atoms
 from fxsvd.rules.registry import Call, Edit, literals, rule, spellings
 
 VIEWS = spellings("view", "reshape", "unflatten", "view_as", "reshape_as")
@@ -393,11 +394,32 @@ def _chunked(total: int, parts: int) -> list[int]:
 
 @rule(*spellings("channel_shuffle"))
 def channel_shuffle(call: Call, input: TensorType, groups: int) -> TensorType:
-    """Rows of channels interleaved."""
-    n, c, *rest = input.shape
-    seen = call.reshape(input, (n, groups, c // groups, *rest))
-    turned = permute(seen, [0, 2, 1, *range(3, len(seen.shape))])
-    return call.reshape(turned, tuple(input.shape))
+    """Channels in another order: groups may become unequal, the order is then written out."""
+    order = shuffled(input.shape[1], groups)
+    return take(call.relations, input, 1, order, f"`{call.label}`")
+
+
+def shuffled(channels: int, groups: int) -> Atoms:
+    """Which channel comes where when ``groups`` rows of channels are interleaved.
+
+    >>> shuffled(6, 2).tolist()
+    [0, 3, 1, 4, 2, 5]
+    """
+    return np.arange(channels).reshape(groups, -1).T.ravel()
+
+
+@literals(*spellings("channel_shuffle"))
+def channel_shuffle_literals(edit: Edit) -> None:
+    """Where the groups no longer keep the same channels, an index says the order."""
+    first, groups = edit.node.args
+    alive = edit.alive(edit.type_of(first), 1)
+    rows = alive.reshape(groups, -1)
+    if (rows == rows[0]).all():
+        return
+    order = shuffled(len(alive), groups)
+    kept = (np.cumsum(alive) - 1)[order[alive[order]]]
+    edit.node.op, edit.node.target = "call_method", "index_select"
+    edit.node.args = (first, 1, edit.constant("order", torch.from_numpy(kept)))
 
 
 @rule(*spellings("pixel_shuffle", "pixel_unshuffle"))

@@ -42,6 +42,9 @@ class Edit(Protocol):
     def size(self, entry: Any, before: int, after: int) -> Any:
         """A size written in the graph (a number or a node) mended from ``before`` to ``after``."""
 
+    def constant(self, name: str, value: torch.Tensor) -> fx.Node:
+        """A new constant of the graph, as a node to be used by the mended one."""
+
     def buffer(self, node: fx.Node, value: torch.Tensor) -> None:
         """Replace the value of a constant that a ``get_attr`` node reads."""
 

@@ -144,14 +144,27 @@ def _frozen(deps: fxsvd.Dependencies) -> tuple[int, str]:
             for why in {why for block in known.type.blocks for why in _why(deps, block)}:
                 weight[why] += known.value.numel()
     total = sum(p.numel() for p in deps.analysis.graph.parameters())
+    if unused := total - _used(deps):
+        weight["nothing reads it in eval mode"] = unused
     most = [(why, n / max(total, 1)) for why, n in weight.most_common(6)]
     return width, "; ".join(f"{why} ({share:.0%})" for why, share in most if share >= 0.02)
 
 
+def _used(deps: fxsvd.Dependencies) -> int:
+    """The number of parameters that the graph reads."""
+    known = (known.value for known in deps.analysis.parameters.values())
+    return sum(value.numel() for value in known if isinstance(value, nn.Parameter))
+
+
 def _why(deps: fxsvd.Dependencies, block: Block) -> set[str]:
     """Why an axis of a parameter stays."""
-    spaces = {*deps.space_of[deps.channels.of[block.atoms]].ravel().tolist()} - {-1}
-    return {str(deps.spaces[i].frozen) for i in spaces if deps.spaces[i].frozen}
+    return {space.frozen for space in _spaces(deps, block) if space.frozen}
+
+
+def _spaces(deps: fxsvd.Dependencies, block: Block) -> list[fxsvd.Space]:
+    """The spaces on an axis of a parameter (kernels and positions have none)."""
+    found = {*deps.space_of[deps.channels.of[block.atoms]].ravel().tolist()} - {-1}
+    return [deps.spaces[i] for i in found]
 
 
 def _status(row: Row, deps: fxsvd.Dependencies) -> str:
@@ -165,11 +178,11 @@ def _status(row: Row, deps: fxsvd.Dependencies) -> str:
 
 def _attainable(deps: fxsvd.Dependencies) -> float:
     """Parameters left where every axis of channels is halved but those frozen with a reason."""
-    left = 0.0
+    left = float(sum(p.numel() for p in deps.analysis.graph.parameters()) - _used(deps))
     for known in deps.analysis.parameters.values():
         if isinstance(known.value, nn.Parameter):
-            blocks = [b for b in known.type.blocks if not _why(deps, b)]
-            left += known.value.numel() * 0.5 ** len(blocks)
+            live = [b for b in known.type.blocks if _spaces(deps, b) and not _why(deps, b)]
+            left += known.value.numel() * 0.5 ** len(live)
     return left
 
 

@@ -107,7 +107,7 @@ def transposed_grouped_convolution() -> nn.Module:
 
 @idiom(IMAGE, {"a": (8, 4), "b": (12, 6), **HEAD})
 def grouped_convolution() -> nn.Module:
-    """Each of the four groups keeps one input and … of its three outputs one or two: 4 of 12 or 8."""
+    """Each of the two groups keeps two of its inputs and three of its outputs."""
     return Net(chain, a=conv(3, 8), r=nn.ReLU(), b=conv(8, 12, groups=2), s=nn.ReLU(), head=head(12))
 
 
@@ -257,8 +257,9 @@ def old_weight_norm(layer: nn.Module) -> nn.Module:
         return weight_norm(layer)
 
 
-@idiom(IMAGE, {"a": (8, 4), "b": (6, 3), **HEAD})
+@idiom(IMAGE, {"a": (8, 4), "b": (6, 3), **HEAD}, masked=False)
 def weight_norm_old() -> nn.Module:
+    """PyTorch cannot copy such a module, so there is no mask of it; its graph can be copied."""
     with_norm = old_weight_norm(conv(3, 8)), old_weight_norm(conv(8, 6))
     return Net(chain, a=with_norm[0], r=nn.ReLU(), b=with_norm[1], s=nn.ReLU(), head=head(6))
 
