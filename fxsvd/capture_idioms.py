@@ -28,7 +28,15 @@ def name_shuffles(graph: fx.Graph) -> None:
         node.meta = dict(last.meta)
         last.replace_all_uses_with(node)
         for step in reversed(chain[1:]):
+            sizes = [n for n in step.all_input_nodes if n.target == "size"]
             graph.erase_node(step)
+            for size in sizes:
+                _erase_unused(graph, size)
+
+
+def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
+    if not node.users:
+        graph.erase_node(node)
 
 
 def _chain(last: fx.Node) -> tuple[fx.Node, ...] | None:

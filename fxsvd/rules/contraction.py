@@ -126,7 +126,7 @@ def convolution(
 
 
 def _passing(x: TensorType, w: TensorType, stride: Any, padding: Any) -> list[int]:
-    """Dimensions of channels that a kernel of size one leaves alone (``nn.Conv1d`` over a stack)."""
+    """Dimensions of channels that a kernel of size one leaves alone (it convolves a stack)."""
     kernel, first = w.shape[2:], len(x.shape) - len(w.shape) + 2
     if not x.touches(range(first, len(x.shape))):
         return []
@@ -181,7 +181,7 @@ def _convolve(
 def _channels_only(
     call: Call, t: TensorType, rank: int, passing: Sequence[int] = ()
 ) -> TensorType:
-    """The leading dimensions; channels along positions or kernels cannot go, but for ``passing``."""
+    """The leading dimensions; channels along the others cannot go, but for those ``passing``."""
     t = call.fix(t, set(range(rank, len(t.shape))).difference(passing), "slides along it")
     return t if passing else TensorType(t.shape[:rank], t.blocks, t.stored)
 

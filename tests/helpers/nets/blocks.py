@@ -251,7 +251,10 @@ def convnext_v2_block() -> nn.Module:
     )
 
 
-@idiom(IMAGE, {"a.0": (2, 1), "a.0#2": (2, 1), "a.0#3": (4, 2), **HEAD})
+SHUFFLED = {"a.0": (2, 1), "a.0#2": (2, 1), "a.0#3": (4, 2), "b.0": (2, 1), "b.0#2": (2, 1)}
+
+
+@idiom(IMAGE, {**SHUFFLED, "c.0": (4, 2), **HEAD})
 def shufflenet_v2_block() -> nn.Module:
     """Half passes, half is computed; then both are shuffled and split again."""
 

@@ -234,7 +234,7 @@ def shifted_channels() -> nn.Module:
     return Net(run, a=conv(3, 8), head=head(8))
 
 
-@idiom(IMAGE, {"a": (4, 2), "b": (8, 4), **HEAD})
+@idiom(IMAGE, {"a": (8, 4), "b": (8, 4), **HEAD})
 def channel_shuffle_by_hand() -> nn.Module:
     """Both grouped convolutions keep equally many in each of their groups."""
 
@@ -247,14 +247,14 @@ def channel_shuffle_by_hand() -> nn.Module:
     return Net(run, a=conv(3, 8), b=conv(8, 8, groups=2), head=head(8))
 
 
-@idiom(IMAGE, {"a": (4, 2), "b": (8, 4), **HEAD})
+@idiom(IMAGE, {"a": (8, 4), "b": (8, 4), **HEAD})
 def channel_shuffle_layer() -> nn.Module:
     return Net(
         chain, a=conv(3, 8), r=nn.ReLU(), s=nn.ChannelShuffle(2), b=conv(8, 8, groups=2), t=nn.ReLU(), head=head(8)
     )
 
 
-@idiom(IMAGE, {"a": (4, 2), "b": (6, 3), **HEAD})
+@idiom(IMAGE, {"a": (8, 4), "b": (6, 3), **HEAD})
 def pixel_shuffle() -> nn.Module:
     """The four channels that make one go together."""
     return Net(chain, a=conv(3, 16), s=nn.PixelShuffle(2), b=conv(4, 6), r=nn.ReLU(), head=head(6))
