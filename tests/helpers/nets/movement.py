@@ -254,7 +254,7 @@ def channel_shuffle_layer() -> nn.Module:
     )
 
 
-@idiom(IMAGE, {"a": (8, 4), "b": (6, 3), **HEAD})
+@idiom(IMAGE, {"a": (4, 2), "b": (6, 3), **HEAD})
 def pixel_shuffle() -> nn.Module:
     """The four channels that make one go together."""
     return Net(chain, a=conv(3, 16), s=nn.PixelShuffle(2), b=conv(4, 6), r=nn.ReLU(), head=head(6))
