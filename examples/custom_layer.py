@@ -1,8 +1,8 @@
 """Teach fxsvd a layer and an operator that it cannot look into.
 
 Modules written in PyTorch need none of this: fxsvd sees the torch functions that they call. What
-it needs to be told is how a custom operator (C++, CUDA, Triton) carries axes, and what a layer is
-like that has to stay whole.
+it needs to be told is how a custom operator (C++, CUDA, Triton) carries axes, and which attributes
+of your own layers repeat a width.
 """
 
 import torch
@@ -63,8 +63,9 @@ def main() -> None:
     def swish_rule(call, x, beta):
         return call.combine(x, beta, product=True)
 
-    # A layer's row names a function that carries axes likewise: as in `prelu`, the parameter has
-    # an entry per channel of dimension 1. `resize` sets what repeats the width.
+    # A registered layer stays whole in the graph. Its row names a function that carries axes
+    # likewise (as in `prelu`, the parameter has an entry per channel of dimension 1); `resize` is
+    # given the shapes of input and output afterwards, and sets what repeats the width.
     def resize(layer, before, after):
         layer.width = after[1]
 

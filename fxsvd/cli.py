@@ -87,6 +87,7 @@ def _add_compress(parser: argparse.ArgumentParser) -> None:
     add("--ratio", type=float, default=0.5, help="fraction of channels removed (default 0.5)")
     add("--criterion", choices=CRITERIA, default="l2", help="which channels go first (default l2)")
     add("--scope", choices=("local", "global"), default="local", help="rank within a space or all")
+    add("--heads", action="store_true", help="remove attention heads, not features inside them")
     add("--round-to", type=_positive, default=1, metavar="N", help="widths are multiples of N")
     for option, text in (("--ignore", "layers that stay"), ("--only", "no layers but these")):
         add(option, nargs="+", action="extend", default=[], metavar="PATTERN", help=text)
@@ -144,6 +145,7 @@ def _compress(arguments: argparse.Namespace, stages: Stages) -> None:
         round_to=arguments.round_to,
         only=tuple(arguments.only),
         ignore=tuple(arguments.ignore),
+        heads=arguments.heads,
     )
     _check_folders(arguments)
     model, inputs = _load(arguments, stages)

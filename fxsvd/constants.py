@@ -49,7 +49,8 @@ def _nothing_known(node: fx.Node) -> Any:
     value = node.meta["val"]
     if not isinstance(value, Tensor):
         return value
-    shape = [size if isinstance(size, int) else SAMPLES for size in value.shape]
+    sizes: tuple[Any, ...] = tuple(value.shape)
+    shape = [size if isinstance(size, int) else SAMPLES for size in sizes]
     return Known(torch.zeros(shape, dtype=torch.float64), torch.ones(shape, dtype=torch.float64))
 
 
@@ -62,7 +63,7 @@ class _Propagation(fx.Interpreter):
         if n.op in ("placeholder", "output"):
             return super().run_node(n)
         if n.op == "get_attr":
-            value = attribute(self.module, str(n.target))  # type: ignore[arg-type]
+            value = attribute(self.module, str(n.target))
             return Known(value, torch.zeros_like(value)) if _is_float(value) else value
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         found = self._step(n, args, kwargs)
@@ -185,7 +186,8 @@ def _unknown_like(node: fx.Node) -> Any:
 
 def _unknown(value: Any) -> Any:
     if isinstance(value, Tensor):
-        hint = [size if isinstance(size, int) else _at(size) for size in value.shape]
+        sizes: tuple[Any, ...] = tuple(value.shape)
+        hint = [size if isinstance(size, int) else _at(size) for size in sizes]
         if not value.is_floating_point():
             return torch.zeros(hint, dtype=value.dtype)
         return Known(torch.zeros(hint).double(), torch.ones(hint).double())

@@ -74,7 +74,8 @@ def couple(relations: Relations, channels: Channels, signature: Hashes) -> list[
     for _, children in relations.nests:
         row = channels.of[children]
         several = row[(row != row[:, :1]).any(axis=1)]
-        np.add.at(cell_hash, several, _random(rng, len(several))[:, None])  # something stays of each
+        # Something stays of each row.
+        np.add.at(cell_hash, several, _random(rng, len(several))[:, None])
     _, cell_of = np.unique(cell_hash, return_inverse=True)
     count = int(cell_of.max()) + 1 if len(cell_of) else 0
     component, reason = _components(count, cell_of, rows)

@@ -166,8 +166,10 @@ def _tie_rows(analysis: Analysis, channels: Channels, groups: list[Group]) -> bo
             stuck[group.channels] = True
     tied = False
     for rows, _ in analysis.relations.lengths if stuck.any() else ():
-        of = channels.of[rows] if isinstance(rows, np.ndarray) else None
-        if of is not None and stuck[of].all() and (of != of[..., :1]).any():
+        if not isinstance(rows, np.ndarray):
+            continue
+        of = channels.of[rows]
+        if stuck[of].all() and (of != of[..., :1]).any():
             analysis.relations.unify(rows, rows[..., :1])
             tied = True
     return tied

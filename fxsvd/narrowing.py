@@ -56,7 +56,9 @@ class Narrowing:
         if len(block.dims) == 1:
             return kept
         axis = block.dims.index(dim)
-        rows = kept.reshape(-1, kept.shape[axis], int(np.prod(kept.shape[axis + 1 :]))).any(axis=-1)
+        inner = int(np.prod(kept.shape[axis + 1 :]))
+        lines = kept.reshape(-1, kept.shape[axis], inner)
+        rows: Mask = np.logical_or.reduce(lines, axis=-1)
         counts = rows.sum(axis=1)
         living = counts[counts > 0]
         if living.size == 0 or (living != living[0]).any():
@@ -112,7 +114,8 @@ class Narrowing:
         self, value: torch.Tensor, block: Block, along: list[Mask], done: set[int]
     ) -> torch.Tensor:
         """Behind a block's first dimension, each row keeps indices of its own."""
-        chosen = (np.flatnonzero(along[d]) if d in done else np.arange(len(along[d])) for d in block.dims)
+        full = [along[d] if d in done else np.ones(len(along[d]), dtype=bool) for d in block.dims]
+        chosen = map(np.flatnonzero, full)
         kept = self.atoms[block.atoms][np.ix_(*chosen)]
         rows = kept.reshape(len(kept), -1)
         sizes = [int(along[d].sum()) for d in block.dims]
@@ -122,7 +125,8 @@ class Narrowing:
         last = list(range(-len(sizes), 0))
         turned = value.movedim(block.dims, last).flatten(1 - len(sizes))
         picked = turned.gather(-1, index.expand(*turned.shape[:-1], -1))
-        return picked.unflatten(-1, sizes[1:]).movedim(last, block.dims)
+        shaped: torch.Tensor = picked.unflatten(-1, sizes[1:])
+        return shaped.movedim(last, block.dims)
 
     def silence(self, value: torch.Tensor, t: TensorType) -> torch.Tensor:
         """The tensor in its full shape with zeros where something is dead."""

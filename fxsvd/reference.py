@@ -105,8 +105,8 @@ def _divisors(deps: Dependencies) -> dict[int, list[int]]:
             (source,) = source.all_input_nodes
         if isinstance(source, fx.Node) and source.op == "get_attr":
             value = attribute(deps.analysis.graph, str(source.target))
-            last = node.args[2] if len(node.args) > 2 else 0
-            dims = range(value.dim()) if rule is elementwise.div else [last]
+            last: Any = node.args[2] if len(node.args) > 2 else 0
+            dims = list(range(value.dim())) if rule is elementwise.div else [last]
             out.setdefault(id(value), []).extend(dims)
     return out
 

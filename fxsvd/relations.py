@@ -87,7 +87,8 @@ class Relations:
 
     def _merged(self) -> Channels:
         labels = _components(self.count, self.equal)
-        number = np.cumsum(labels == np.arange(self.count)) - 1  # the smallest atom names the others
+        smallest = labels == np.arange(self.count)  # it names its component
+        number = np.cumsum(smallest) - 1
         of = number[labels]
         count = int(number[-1]) + 1 if self.count else 0
         return Channels(count, of, self._reasons(count, of))

@@ -177,12 +177,13 @@ def _narrowed_tensor(
 ) -> torch.Tensor:
     """A tensor without data, one for all nodes of a shape: symbolic sizes are slow to make."""
     after = narrowing.shape(t)
-    before = tuple(old if isinstance(old, int) else old.node.expr for old in value.shape)
+    sizes: tuple[Any, ...] = tuple(value.shape)
+    before = tuple(old if isinstance(old, int) else old.node.expr for old in sizes)
     key = (before, after, value.dtype, value.device)
     if key not in made:
-        sizes = [
+        new = [
             old if a == b else old * a // b  # a symbolic size stays symbolic
-            for old, a, b in zip(value.shape, after, t.shape, strict=True)
+            for old, a, b in zip(sizes, after, t.shape, strict=True)
         ]
-        made[key] = value.new_empty(sizes)
+        made[key] = value.new_empty(new)
     return made[key]

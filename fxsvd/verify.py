@@ -147,7 +147,8 @@ def _with_values(
         if known.value.is_floating_point() and known.names[0] in tensors:
             value = narrowing.narrow(narrowing.shifted(known, values[key]), known.type)
             memo[id(tensors[known.names[0]])] = reference.like(known.value, value)
-    return doubled(copy.deepcopy(small, memo))
+    twin: fx.GraphModule = doubled(copy.deepcopy(small, memo))
+    return twin
 
 
 def _modes(graph: fx.GraphModule) -> tuple[bool, ...]:
