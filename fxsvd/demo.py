@@ -140,6 +140,7 @@ def run(
     """
     with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(0)
+        progress("loading the digits")
         data = digits()
         model = DigitNet()
         progress(f"training a residual network on {len(data.images)} handwritten digits")

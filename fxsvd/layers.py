@@ -48,15 +48,18 @@ LAYERS: dict[type[nn.Module] | str, Layer] = {}
 
 
 def layer_of(module: nn.Module) -> Layer | None:
-    """The row of a module's type, of its name, or of the nearest base class."""
+    """The row of a module's type, of the end of its name, or of the nearest base class."""
     for kind in type(module).__mro__:
-        if kind in LAYERS or kind.__name__ in LAYERS:
-            return LAYERS.get(kind) or LAYERS[kind.__name__]
+        if kind in LAYERS:
+            return LAYERS[kind]
+        for name in LAYERS:
+            if isinstance(name, str) and kind.__name__.endswith(name):
+                return LAYERS[name]
     return None
 
 
 def row(*kinds: type[nn.Module] | str, **fields: Any) -> None:
-    """Add a row for the types (or, where they cannot be imported, their names)."""
+    """Add a row for the types (or, where they cannot be imported, the ends of their names)."""
     for kind in kinds:
         if kind in LAYERS:
             raise ValueError(f"{kind} has a row already")

@@ -80,6 +80,12 @@ def run(graph: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any
         return graph(*copy.deepcopy(inputs[0]), **copy.deepcopy(inputs[1]))
 
 
+def computes_numbers(outputs: Any) -> bool:
+    """Whether there is a finite number among the outputs (or nothing at all)."""
+    leaves = [t for t in _leaves(outputs) if t.numel()]
+    return not leaves or any(bool(t.isfinite().any()) for t in leaves)
+
+
 def difference(actual: Any, expected: Any) -> float:
     """The largest difference of two nests of tensors, relative to the largest expected value."""
     a, b = _leaves(actual), _leaves(expected)

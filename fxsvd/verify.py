@@ -23,9 +23,13 @@ from fxsvd.edits import Plan, make_inputs
 from fxsvd.errors import PlanError, VerificationError
 from fxsvd.narrowing import Narrowing
 from fxsvd.rewrite import rewrite
-from fxsvd.running import deterministic, difference, double_inputs, doubled, run
+from fxsvd.running import computes_numbers, deterministic, difference, double_inputs, doubled, run
 
 TOLERANCE = 1e-8
+_NO_NUMBERS = (
+    "the network with silenced channels computes no finite number, so nothing can be compared: "
+    "check the weights and the example inputs (verify=False skips this check)"
+)
 
 
 def verify(model: nn.Module, small: nn.Module, example_inputs: Any) -> float:
@@ -98,7 +102,10 @@ def verify_rewrite(
     inputs, worst = double_inputs(example_inputs), 0.0
     for training in _modes(deps.analysis.graph):
         with deterministic(silent, training), deterministic(candidate, training):
-            error = difference(run(candidate, inputs), run(silent, inputs))
+            expected = run(silent, inputs)
+            if not computes_numbers(expected):
+                raise VerificationError(_NO_NUMBERS)
+            error = difference(run(candidate, inputs), expected)
             worst = max(worst, error)
             if not error <= TOLERANCE:
                 where = _first_difference(deps, narrowing, silent, candidate, inputs)

@@ -97,7 +97,8 @@ class Prune:
             for steps in self._choose(deps, live, dead):
                 for channels in steps[: _rounded(steps, self.round_to, deps)]:
                     kept[channels] = False
-        plan = _as_plan(deps, kept, why)
+        left = "no channel of it is dead" if dead else "rounding or coupling leaves nothing to remove"
+        plan = _as_plan(deps, kept, why, left)
         return replace(plan, shifts=dead.shifts(deps, ~kept)) if dead else plan
 
     def _ratios(self, deps: Dependencies) -> tuple[Scores, dict[int, str]]:
@@ -179,13 +180,15 @@ def _rounded(steps: list[Atoms], multiple: int, deps: Dependencies) -> int:
     return int(fits[-1]) + 1 if fits.size else 0
 
 
-def _as_plan(deps: Dependencies, kept: npt.NDArray[np.bool_], why: dict[int, str]) -> Plan:
+def _as_plan(
+    deps: Dependencies, kept: npt.NDArray[np.bool_], why: dict[int, str], left: str
+) -> Plan:
     edits, skips = [], []
     for i, space in enumerate(deps.spaces):
         keep = np.flatnonzero(kept[space.channels])
         if len(keep) < space.width:
             edits.append(Remap(space.name, space.width, tuple(keep.tolist())))
             continue
-        reason = space.frozen or why.get(i) or "rounding or coupling leaves nothing to remove"
+        reason = space.frozen or why.get(i) or left
         skips.append(Skip(space.name, space.width, reason))
     return Plan(tuple(edits), tuple(skips))
