@@ -97,7 +97,7 @@ class Prune:
             for steps in self._choose(deps, live, dead):
                 for channels in steps[: _rounded(steps, self.round_to, deps)]:
                     kept[channels] = False
-        left = "no channel of it is dead" if dead else "rounding or coupling leaves nothing to remove"
+        left = "no dead channels" if dead else "rounding or coupling leaves nothing to remove"
         plan = _as_plan(deps, kept, why, left)
         return replace(plan, shifts=dead.shifts(deps, ~kept)) if dead else plan
 

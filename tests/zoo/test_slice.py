@@ -5,7 +5,8 @@ import pytest
 from tests.zoo import models
 
 pytestmark = pytest.mark.skipif(
-    not models.installed(), reason="needs timm and torchvision: pip install 'fxsvd[timm,torchvision]'"
+    not models.installed(),
+    reason="needs timm and torchvision: pip install 'fxsvd[timm,torchvision]'",
 )
 
 OUTPUT = "it is the network's output"
