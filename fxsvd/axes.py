@@ -317,12 +317,28 @@ def take(relations: Relations, t: TensorType, dim: int, index: Atoms, reason: st
     for block in t.blocks:
         if dim in block.dims:
             atoms = block.atoms.take(index, axis=block.dims.index(dim))
+            _keep_some(relations, block, dim, atoms, reason)
             block = replace(block, atoms=atoms)
             if len(block.dims) > 1 and block.dims[0] != dim:
                 keep_rows_equal(relations, block, reason)
         blocks.append(block)
     blocks = [_squeezed(shape, b) for b in blocks if b.atoms.size > 1]
     return TensorType(shape, tuple(blocks), t.stored)
+
+
+def _keep_some(
+    relations: Relations, block: Block, dim: int, atoms: Atoms, reason: str
+) -> None:
+    """Of what is taken of a living row, something lives."""
+    if set(block.atoms.flat) == set(atoms.flat):
+        return
+    axis = block.dims.index(dim)
+    rows = relations.fresh(*block.atoms.shape[:axis])
+    relations.nest(rows, atoms)
+    if axis:
+        relations.nest(rows, block.atoms)
+    else:
+        relations.freeze(rows, f"{reason} takes a part of it, of which something stays")
 
 
 def pick(relations: Relations, t: TensorType, dim: int, index: int, reason: str) -> TensorType:
@@ -338,7 +354,7 @@ def pick(relations: Relations, t: TensorType, dim: int, index: int, reason: str)
             block = _tie_rows_below(relations, block)
         rows = marginal(relations, block, (dim,))
         assert rows is not None
-        relations.freeze(rows.atoms, reason)
+        relations.freeze(rows.atoms.take(index, axis=rows.dims.index(dim)), reason)
         rest = tuple(d for d in block.dims if d != dim)
         if rest:
             atoms = block.atoms.take([index], axis=block.dims.index(dim))

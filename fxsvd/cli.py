@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +24,10 @@ from fxsvd.dependency import analyze
 from fxsvd.errors import FxsvdError
 from fxsvd.export import export_onnx
 from fxsvd.passes import Prune
+from fxsvd.progress import Stages
 
 CRITERIA = ("l1", "l2", "bn", "random", "dead")  # "taylor" needs a loss and data: Python only
 MODEL = "timm:NAME, torchvision:NAME, or package.module:factory"
-
-
-class Stages:
-    """Says what is going on, and since when, on stderr."""
-
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __call__(self, line: str) -> None:
-        """A line per stage, with the seconds since the start."""
-        seconds = time.perf_counter() - self.start
-        print(f"[{seconds:6.1f} s] {line}", file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if getattr(arguments, "dry_run", False) and (arguments.onnx or arguments.save_report):
         parser.error("--dry-run only makes a plan: it goes without --onnx and --save-report")
     try:
-        arguments.run(arguments, Stages())
+        arguments.run(arguments, Stages(quiet=0.0))
     except FxsvdError as error:
         print(f"fxsvd: error: {error}", file=sys.stderr)
         return 1
@@ -183,13 +172,14 @@ def _inspect(arguments: argparse.Namespace, stages: Stages) -> None:
 
 def _load(arguments: argparse.Namespace, stages: Stages) -> tuple[nn.Module, Any]:
     stages(f"loading {arguments.model}")
-    return models.load(
-        arguments.model,
-        pretrained=arguments.pretrained,
-        weights=arguments.weights,
-        size=arguments.input_size,
-        batch=arguments.batch,
-    )
+    with redirect_stdout(sys.stderr):  # what hubs and factories print is no result of ours
+        return models.load(
+            arguments.model,
+            pretrained=arguments.pretrained,
+            weights=arguments.weights,
+            size=arguments.input_size,
+            batch=arguments.batch,
+        )
 
 
 def _check_folders(arguments: argparse.Namespace) -> None:

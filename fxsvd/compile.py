@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -16,10 +16,9 @@ from fxsvd.dependency import Dependencies, analyze
 from fxsvd.edits import Plan, chain, describe_inputs, make_inputs
 from fxsvd.errors import PlanError
 from fxsvd.naming import Name
+from fxsvd.progress import Say, sayer
 from fxsvd.report import Report, SpaceRow, layer_rows
 from fxsvd.rewrite import rewrite
-
-Progress = Callable[[str], None]
 
 
 class Pass(Protocol):
@@ -37,7 +36,7 @@ def compile(
     ignore: Sequence[Name] = (),
     round_to: int = 1,
     verify: bool = True,
-    progress: Progress | None = None,
+    progress: bool | Say = True,
 ) -> fx.GraphModule:
     """A narrower copy of a model, verified, with a report.
 
@@ -48,7 +47,8 @@ def compile(
         ignore: spaces that stay, for every pass: layer names, glob patterns or modules.
         round_to: widths become multiples of this, for every pass.
         verify: check the captured graph against the model and every rewrite against its original.
-        progress: called with a line at each stage.
+        progress: say on stderr what is going on, from the third second on; or a function to call
+            with a line at each stage.
 
     Returns:
         A trainable ``fx.GraphModule``; ``.report`` is a ``Report``.
@@ -64,7 +64,7 @@ def compile(
     >>> small.get_submodule("0").out_features, small.report.after.parameters
     (4, 30)
     """
-    say = progress or (lambda line: None)
+    say = sayer(progress)
     say("capturing")
     original = graph = capture(model, example_inputs, check=verify)
     stages, worst = [], None
@@ -175,7 +175,7 @@ def _with_defaults(passes: Sequence[Pass], ignore: Sequence[Name], round_to: int
     return out
 
 
-def _propose(graph: fx.GraphModule, options: Pass, say: Progress) -> tuple[Dependencies, Plan]:
+def _propose(graph: fx.GraphModule, options: Pass, say: Say) -> tuple[Dependencies, Plan]:
     say("analysing")
     deps = analyze(graph)
     say(f"planning {type(options).__name__}")

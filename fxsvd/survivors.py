@@ -135,7 +135,10 @@ def _extremum(name: str, worst: float) -> Callable[..., Any]:
     function = getattr(torch, name)
 
     def over_survivors(x: Tensor, mask: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return function(x.masked_fill(~mask, worst), *args, **kwargs)
+        out = function(x.masked_fill(~mask, worst), *args, **kwargs)
+        values = out if isinstance(out, Tensor) else out[0]
+        values.masked_fill_(values == worst, 0.0)  # nothing stays among those: silent
+        return out
 
     return over_survivors
 

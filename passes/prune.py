@@ -89,6 +89,8 @@ class Prune:
         """
         ratios, why = self._ratios(deps)
         kept = np.ones(deps.channels.count, dtype=bool)
+        if self.criterion != "random":
+            importance.require_numbers(deps)
         dead = dead_channels(deps) if self.criterion == "dead" else None
         groups = by_heads(deps) if self.heads else list(deps.groups)
         priced = [(g, float(ratios[deps.space_of[g.channels]].min())) for g in groups]
@@ -120,8 +122,6 @@ class Prune:
 
     def _choose(self, deps: Dependencies, live: Live, dead: Dead | None) -> list[list[Atoms]]:
         """The channels of the steps that each group takes, the first to go first."""
-        if self.criterion != "random":
-            importance.require_numbers(deps)
         if dead is not None:
             ranked = [g.ranked((~dead.channels).astype(np.float64)) for g, _ in live]
             return [[step for step in steps[:-1] if dead.channels[step].all()] for steps in ranked]

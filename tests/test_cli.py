@@ -53,11 +53,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def error_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     """The message of a command that must fail with code 1 and without a traceback."""
     assert main(argv) == 1
-    out = capsys.readouterr()
-    assert out.out == ""
-    last = out.err.splitlines()[-1] if out.err.count("error:") == 1 else out.err
-    assert "Traceback" not in out.err
-    return last.removeprefix("fxsvd: error: ")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    return err.partition("fxsvd: error: ")[2].rstrip()
 
 
 def usage_error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:

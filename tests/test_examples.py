@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
@@ -31,14 +30,18 @@ def test_every_example_is_run() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == SAYS.keys()
 
 
+@pytest.mark.usefixtures("own_tables")
 @pytest.mark.parametrize("name", SAYS)
-def test_the_example_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a process of its own: what an example registers must not reach other tests."""
+def test_the_example_runs(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     for package in NEEDS.get(name, ()):
         pytest.importorskip(package, reason=f"{name} needs {package}")
-    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
-    command = [sys.executable, str(EXAMPLES / f"{name}.py")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    out = capsys.readouterr().out
     for line in SAYS[name]:
-        assert line in done.stdout
+        assert line in out

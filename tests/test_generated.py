@@ -62,6 +62,8 @@ def assert_survivors_are_untouched(small: fx.GraphModule, before: dict[str, torc
     after = small.state_dict()
     assert after.keys() == before.keys()
     for name, value in after.items():
+        if not value.is_floating_point():
+            continue  # index buffers are renumbered
         old, new = before[name].numpy().ravel(), value.numpy().ravel()
         assert np.isin(new, old).all()
         if len(old) > 1:

@@ -1,9 +1,9 @@
 """What capturing, analysing and planning a network of a billion parameters adds to the process.
 
-The networks stand on the meta device: they have shapes and no numbers. Each is measured in a process
-of its own, from the resident memory after `import torch` to the highest resident memory when the
-plan is made (so fxsvd's own imports count). The plan draws channels at random: a criterion that
-measures weights has none to measure, and says so.
+The networks stand on the meta device: they have shapes and no numbers. Each is measured in a
+process of its own, from the resident memory after `import torch` to the highest resident memory
+when the plan is made (so the imports of fxsvd count). The plan draws channels at random: a
+criterion that measures weights has none to measure, and says so.
 
     python examples/reproduce/memory.py [--networks decoder convolutions]
 """

@@ -178,9 +178,7 @@ def _convolve(
     return TensorType(tuple(call.out), out.blocks)
 
 
-def _channels_only(
-    call: Call, t: TensorType, rank: int, passing: Sequence[int] = ()
-) -> TensorType:
+def _channels_only(call: Call, t: TensorType, rank: int, passing: Sequence[int] = ()) -> TensorType:
     """The leading dimensions; channels along the others cannot go, but for those ``passing``."""
     t = call.fix(t, set(range(rank, len(t.shape))).difference(passing), "slides along it")
     return t if passing else TensorType(t.shape[:rank], t.blocks, t.stored)

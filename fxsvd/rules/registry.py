@@ -142,22 +142,26 @@ def rule(*keys: Key) -> Callable[[Rule], Rule]:
 
 
 def register_rule(*keys: Key) -> Callable[[Rule], Rule]:
-    """Teach fxsvd how a function of your own carries axes.
+    """Teach fxsvd how an operator of your own carries axes.
+
+    A function written in PyTorch needs no rule: ``fxsvd.capture`` sees what it calls.
 
     Args:
-        *keys: the functions (or names of tensor methods) that the rule is for.
+        *keys: torch functions, custom operators (also as ``torch.ops.namespace.name.default``), or
+            names of tensor methods that the rule is for.
 
     Returns:
-        A decorator for ``rule(call, *args, **kwargs)``: it is given a ``Call`` and the function's
+        A decorator for ``rule(call, *args, **kwargs)``: it is given a ``Call`` and the operator's
         own arguments, tensors replaced by their types, and returns the type of the result.
 
     Raises:
         ValueError: there is a rule already.
 
-    >>> def swish(x, beta):
-    ...     return x * torch.sigmoid(beta * x)
-    >>> @register_rule(swish)
-    ... def _(call, x, beta):
+    >>> @torch.library.custom_op("fxsvd_doctest::swish", mutates_args=())
+    ... def swish(x: torch.Tensor) -> torch.Tensor:
+    ...     return x * torch.sigmoid(x)
+    >>> @register_rule(torch.ops.fxsvd_doctest.swish.default)
+    ... def _(call, x):
     ...     return x                                # elementwise, and 0 stays 0
     """
     return rule(*keys)

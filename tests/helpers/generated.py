@@ -207,7 +207,7 @@ def networks(draw: Any, makers: Sequence[Maker]) -> nn.Module:
     chosen = draw(st.lists(st.tuples(st.sampled_from(makers), small, small), min_size=2, max_size=5))
     blocks: list[nn.Module] = [conv(3, width)]
     for make, a, b in chosen:
-        block, width = make(width, a, b)
+        block, width = make(width, a, b) if width > 1 else plain(width, a, b)
         blocks.append(block)
     return distinct(nn.Sequential(*blocks, Head(width, draw(st.booleans()))))
 
