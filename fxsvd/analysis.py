@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from fxsvd.axes import Block, TensorType
-from fxsvd.capture import concrete
+from fxsvd.capture import CustomFunction, concrete
 from fxsvd.layers import Layer, layer_of
 from fxsvd.relations import Atoms, Relations
 from fxsvd.rules import RULES, Call, contraction
@@ -158,7 +158,9 @@ class Analysis:
     def _give_up(self, call: Call, node: fx.Node, inputs: Any, why: str) -> Any:
         what = getattr(node.target, "__name__", str(node.target))
         if node.op == "call_module":
-            what = type(self.graph.get_submodule(str(node.target))).__name__
+            module = self.graph.get_submodule(str(node.target))
+            kind = module.function if isinstance(module, CustomFunction) else type(module)
+            what = kind.__name__
         if any(t.blocks for t in flatten(inputs)):
             self.unknown[node.name] = f"{what} {why}"
         for t in flatten(inputs):
@@ -168,6 +170,8 @@ class Analysis:
 
     def _layer(self, call: Call, node: fx.Node, args: Any, kwargs: Any) -> Any:
         module = self.graph.get_submodule(str(node.target))
+        if isinstance(module, CustomFunction) and module.function in RULES:
+            return RULES[module.function](call, *args, **kwargs)
         layer = layer_of(module)
         if layer is None:
             self._touch(module, node)

@@ -661,3 +661,39 @@ def test_hugging_face_models():
     expected = model(input_ids=tokens, attention_mask=mask)
     assert type(result) is type(expected)
     torch.testing.assert_close(result.last_hidden_state, expected.last_hidden_state)
+
+
+class Swish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        s = x.sigmoid()
+        return gradient * 7 * s  # its own, which no graph of the forward pass could know
+
+
+class WithFunction(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.last(Swish.apply(self.first(x)))
+
+
+def test_autograd_functions_keep_their_own_gradient():
+    model, x = WithFunction(), torch.randn(3, 4)
+    graph = capture(model, x)
+    again = pickle.loads(pickle.dumps(graph))
+    model(x).sum().backward()
+    expected = model.first.weight.grad.clone()
+    for captured in (graph, again):
+        model.zero_grad()
+        captured(x).sum().backward()
+        torch.testing.assert_close(captured.first.weight.grad, expected)
+    assert "apply" in vars(torch.autograd.Function)
+    assert Swish.apply(x).shape == x.shape

@@ -61,3 +61,27 @@ def test_graph(deps):
     assert graph.edges["gate", "b"]["role"] == "writes"
     assert graph.edges["b", "join"]["role"] == "reads"
     assert nx.has_path(graph, "a", "join")
+
+
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x**3
+
+
+class Cubed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.last(Cube.apply(self.first(x)))
+
+
+def test_autograd_functions_are_frozen_until_a_rule_is_registered(own_tables):
+    graph = fxsvd.capture(Cubed(), torch.zeros(2, 4))
+    assert analyze(graph).space("first").frozen == (
+        "`_function0`: Cube has no row in the layer table (see fxsvd.register_layer)"
+    )
+    fxsvd.register_rule(Cube)(lambda call, x: x)
+    assert analyze(graph).space("first").frozen is None

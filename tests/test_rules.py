@@ -80,7 +80,7 @@ BINARY = """
 CASES |= {name: Case(lambda op, x, y, m: op(x, y)) for name in BINARY.split()}
 DIVISIONS = "div divide true_divide floor_divide fmod remainder atan2 arctan2 truediv itruediv floordiv mod"
 CASES |= {name: Case(lambda op, x, y, m: op(x, 1.5 + y.sigmoid())) for name in DIVISIONS.split()}
-POWERS = "pow float_power ipow"
+POWERS = "pow float_power ipow"  # the second returns float64
 CASES |= {name: Case(lambda op, x, y, m: op(1.5 + x.sigmoid(), y)) for name in POWERS.split()}
 BITS = "bitwise_and bitwise_or bitwise_xor and or xor iand ior"
 CASES |= {name: Case(lambda op, x, y, m: op(x > 0, y > 0)) for name in BITS.split()}
@@ -135,7 +135,7 @@ CASES |= {
     "imatmul": mixing(lambda op, x, y, m: op(x, m.w), members=WEIGHT),
     "mm": mixing(lambda op, x, y, m: op(x, m.w), members=WEIGHT),
     "mv": mixing(lambda op, x, y, m: op(x, m.w)[:, None], members=VECTOR),
-    "bmm": mixing(lambda op, x, y, m: op(x[:, :, None], y[:, None])),
+    "bmm": mixing(lambda op, x, y, m: op(x[:, None], y[:, :, None])),
     "inner": mixing(lambda op, x, y, m: op(x, m.w.t()), members=WEIGHT),
     "dot": mixing(lambda op, x, y, m: x + op(m.v, m.w), members={**VECTOR, "v": VECTOR["w"]}),
     "outer": mixing(lambda op, x, y, m: x @ op(m.w, m.w), members=VECTOR),
@@ -143,13 +143,24 @@ CASES |= {
     "einsum": mixing(lambda op, x, y, m: op("bi,bi,ij->bj", x, y, m.w), members=WEIGHT),
     "addmm": mixing(lambda op, x, y, m: op(y[:, :6], x, m.w), members=WEIGHT),
     "addmv": mixing(lambda op, x, y, m: op(y[:, 0], x, m.w)[:, None], members=VECTOR),
-    "addbmm": mixing(lambda op, x, y, m: op(m.w, x[:, :, None], y[:, None, :6]), members=WEIGHT),
-    "baddbmm": mixing(lambda op, x, y, m: op(y[:, None, :6] + 0 * x[:, :, None], x[:, :, None], y[:, None, :6])),
+    "addbmm": mixing(
+        lambda op, x, y, m: x @ op(m.w, m.v, m.u),
+        members={
+            **WEIGHT,
+            "v": lambda: nn.Parameter(torch.zeros(2, 8, 3)),
+            "u": lambda: nn.Parameter(torch.zeros(2, 3, 6)),
+        },
+    ),
+    "baddbmm": mixing(lambda op, x, y, m: op(y[:, :1, None], x[:, None], y[:, :, None])),
     "embedding": mixing(
-        lambda op, x, y, m: x + op(torch.ones_like(y[:, 0]).long(), m.w),
+        lambda op, x, y, m: x + op(*in_order(op, torch.ones_like(y[:, 0]).long(), m.w)),
         members={"w": lambda: nn.Parameter(torch.zeros(4, 8))},
     ),
 }
+
+
+def in_order(op: Any, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return (weight, index) if op is torch.embedding else (index, weight)
 
 
 def convolved(dims: int, transposed: bool) -> Case:
@@ -249,7 +260,7 @@ CASES |= {
     "new_ones": each(lambda op, x, y, m: x * op(x, (8,))),
     "new_empty": each(lambda op, x, y, m: x + op(x, (8,)).mul(0).nan_to_num(0)),
     "new_full": each(lambda op, x, y, m: x + op(x, (8,), 0.5)),
-    "empty_like": each(lambda op, x, y, m: y + op(x).mul(0).nan_to_num(0)),
+    "empty_like": mixing(lambda op, x, y, m: y + op(x).mul(0).nan_to_num(0)),
     "full_like": each(lambda op, x, y, m: y * op(x, 0.5)),
     "tril": frozen(lambda op, x, y, m: op(x), "takes a triangle of it"),
     "triu": frozen(lambda op, x, y, m: op(x), "takes a triangle of it"),
@@ -264,17 +275,17 @@ CASES |= {
     "randint": frozen(lambda op, x, y, m: x + 0 * op(4, (8,)), FIXED),
 }
 RANDOM = ("rand_like", "randn_like", "bernoulli", "uniform")
-CASES |= {name: each(lambda op, x, y, m: y + 0 * op(x.sigmoid())) for name in RANDOM}
+CASES |= {name: mixing(lambda op, x, y, m: y + 0 * op(x.sigmoid())) for name in RANDOM}
 
 # ---------------------------------------------------------------- norms, statistics
 
 STATISTICS = {"masked": False}
 CASES |= {
     "batch_norm": each(
-        lambda op, x, y, m: op(x, m.mean, m.var, m.w, m.w, False, 0.1, 1e-5, False)
+        lambda op, x, y, m: op(x, m.mean, m.running_var, m.w, m.w, False, 0.1, 1e-5, False)
         if op is torch.batch_norm
-        else op(x, m.mean, m.var, m.w, m.w),
-        members={**VECTOR, "mean": lambda: torch.zeros(8), "var": lambda: torch.ones(8)},
+        else op(x, m.mean, m.running_var, m.w, m.w),
+        members={**VECTOR, "mean": lambda: torch.zeros(8), "running_var": lambda: torch.ones(8)},
     ),
     "instance_norm": mixing(
         lambda op, x, y, m: op(x, None, None, m.w, m.w, True, 0.1, 1e-5, False)
@@ -356,7 +367,9 @@ CASES |= {
         image=True,
         members={"w": lambda: torch.zeros(1, 1, 1, 2)},
     ),
-    "unfold": each(lambda op, x, y, m: op(x, 2), image=True),
+    "unfold": each(
+        lambda op, x, y, m: op(x, 2) if op is F.unfold else op(x, 2, 2, 1), image=True
+    ),
     "fold": each(lambda op, x, y, m: op(F.unfold(x, 2), (4, 4), 2), image=True),
 }
 
@@ -396,6 +409,8 @@ def identity(key: Key) -> str:
 KEYS = {f"{identity(key)}-{i}": key for i, key in enumerate(RULES) if name_of(key) in CASES}
 
 
+@pytest.mark.filterwarnings("ignore:`nn.functional.upsample:UserWarning")
+@pytest.mark.filterwarnings("ignore:nn.functional.(tanh|sigmoid) is deprecated")
 @pytest.mark.parametrize("name", KEYS)
 def test_rule(name: str) -> None:
     key = KEYS[name]

@@ -89,7 +89,13 @@ def _undot(names: str, dots: str, rank: int) -> str:
     return names.replace("...", dots[len(dots) - missing :])
 
 
-@rule(*spellings("embedding"))
+@rule(torch.embedding)
+def swapped_embedding(call: Call, weight: TensorType, input: TensorType, *_: Any) -> TensorType:
+    """The same with the weight in front."""
+    return embedding(call, input, weight)
+
+
+@rule(F.embedding)
 def embedding(call: Call, input: TensorType, weight: TensorType, *_: Any, **__: Any) -> TensorType:
     """Rows of the weight by number; the vocabulary stays."""
     weight = call.fix(weight, (0,), "looks rows up by number")
@@ -175,6 +181,8 @@ def _convolve(
     else:
         out = _grouped(call, x, w, groups, channel, order)
     out = vector_on(call, out, bias, channel)
+    if call.out[channel] != out.shape[channel]:  # by an in-place transpose of the result
+        raise ValueError("its result changes shape in place")
     return TensorType(tuple(call.out), out.blocks)
 
 

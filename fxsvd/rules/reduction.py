@@ -62,11 +62,15 @@ def over_survivors(call: Call, input: TensorType, *args: Any, **kwargs: Any) -> 
     return reduced(call, input.with_zero(True), dims_of(len(input.shape), dim))
 
 
+DIM_PLACES = {"topk": 1, "kthvalue": 1, "diff": 1, "gumbel_softmax": 3}  # else directly behind
+
+
 @rule(*MIXES)
 def mixes(call: Call, input: TensorType, *args: Any, **kwargs: Any) -> Any:
     """Keeps the shape, mixes along one dimension."""
-    numbers = [a for a in args if isinstance(a, int) and not isinstance(a, bool)]
-    dim = kwargs.get("dim", numbers[-1] if numbers else -1)
+    name = "" if call.node is None else str(getattr(call.node.target, "__name__", call.node.target))
+    place = DIM_PLACES.get(name, 0)
+    dim = 0 if name == "msort" else kwargs.get("dim", args[place] if len(args) > place else -1)
     t = call.fix(input, dims_of(len(input.shape), dim), "mixes along it").with_zero(False)
     if isinstance(call.out, torch.Size):
         return TensorType(tuple(call.out), t.blocks)

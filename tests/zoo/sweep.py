@@ -119,7 +119,7 @@ def _pipeline(row: Row, *, onnx: bool) -> None:
     row.batches = "ok"
     row.status = _status(row, deps)
     if onnx:
-        row.onnx = _export(small, x)
+        row.onnx = _export(model, small, x)
 
 
 class _Clock:
@@ -218,12 +218,20 @@ def _head(value: Any, count: int) -> Any:
     return [_head(v, count) for v in items] if isinstance(value, dict | tuple | list) else value
 
 
-def _export(small: nn.Module, x: Tensor) -> str:
-    """``ok``, or what the exporter said."""
+def _export(model: nn.Module, small: nn.Module, x: Tensor) -> str:
+    """``ok``, or what the exporter said, and whether it takes the original."""
+    said = _export_one(small, x)
+    if said == "ok":
+        return said
+    original = "takes" if _export_one(model, x) == "ok" else "refuses"
+    return f"{said} (the exporter {original} the original)"
+
+
+def _export_one(module: nn.Module, x: Tensor) -> str:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            fxsvd.export_onnx(small, Path(folder, "small.onnx"), x)
+            fxsvd.export_onnx(module, Path(folder, "model.onnx"), x)
         except Exception as error:  # the row says what it was
             return _text(error)
     return "ok"

@@ -307,6 +307,35 @@ def weight_standardized_by_hand() -> nn.Module:
     return Net(chain, a=a, r=nn.ReLU(), b=b, s=nn.ReLU(), head=head(6))
 
 
+class ScaledStdConv2d(nn.Conv2d):
+    """As in NFNets: batch norm over the flattened kernel, with a gain per output."""
+
+    def __init__(self, i: int, o: int, k: int) -> None:
+        super().__init__(i, o, k, padding=k // 2)
+        self.gain = nn.Parameter(torch.rand(o, 1, 1, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat, gain = self.weight.reshape(1, self.out_channels, -1), (self.gain * 0.3).view(-1)
+        weight = F.batch_norm(flat, None, None, weight=gain, training=True, momentum=0.0)
+        return F.conv2d(x, weight.reshape_as(self.weight), self.bias, padding=self.padding)
+
+
+@idiom(IMAGE, {"a": (8, 4), "b": (6, 3), **HEAD}, masked=False)
+def scaled_weight_standardization() -> nn.Module:
+    a, b = ScaledStdConv2d(3, 8, 3), ScaledStdConv2d(8, 6, 3)
+    return Net(chain, a=a, r=nn.ReLU(), b=b, s=nn.ReLU(), head=head(6))
+
+
+@idiom(SEQUENCE, {"a": (8, 4), **OUT})
+def convolution_over_a_stack() -> nn.Module:
+    def run(m: Net, x: Tensor) -> Tensor:
+        streams = torch.stack([m.a(x).mean(1), m.b(x).amax(1)], dim=1)
+        return m.out(m.mix(streams).squeeze(1))
+
+    a, b = nn.Linear(5, 8), nn.Linear(5, 8)
+    return Net(run, a=a, b=b, mix=nn.Conv1d(2, 1, 1), out=nn.Linear(8, 3))
+
+
 # ---------------------------------------------------------------- raw parameters and embeddings
 
 

@@ -1,7 +1,7 @@
 """Idioms that mean one operation, written as that operation.
 
-A channel shuffle written by hand, ``x.view(b, g, c // g, h, w).transpose(1, 2).flatten(1, 2)``, needs
-groups of equal size at each step, although all it does is put channels in another order. As
+A channel shuffle written by hand, ``x.view(b, g, c // g, h, w).transpose(1, 2).flatten(1, 2)``,
+needs groups of equal size at each step, although all it does is put channels in another order. As
 ``channel_shuffle`` the intermediate shapes are gone.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from fxsvd.capture_fake import concrete
+from fxsvd.capture.batch import concrete
 
 _VIEWS = ("view", "reshape", "flatten", "unflatten")
 _TURNS = ("transpose", "permute", "swapaxes", "swapdims")
@@ -87,4 +87,3 @@ def _swaps(turned: fx.Node) -> bool:
 def _shape(node: fx.Node) -> tuple[int, ...] | None:
     value = node.meta.get("val")
     return tuple(map(concrete, value.shape)) if isinstance(value, Tensor) else None
-
