@@ -467,7 +467,7 @@ def test_subclasses_with_their_own_forward_are_traced_inside():
 
 
 def test_registered_types_are_leaves(monkeypatch):
-    monkeypatch.setattr("fxsvd.capture_record.LEAF_TYPES", {Branch})
+    monkeypatch.setattr("fxsvd.capture.leaves.LEAF_TYPES", {Branch})
     assert isinstance(LEAF_TYPES, set)
     assert is_leaf(Branch())
 

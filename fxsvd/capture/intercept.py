@@ -39,7 +39,9 @@ class _TrainingSpy:
 def intercepted(recorder: Recorder) -> Iterator[None]:
     """Routes module calls and reads of training flags in this thread through a recorder."""
     original, original_from_numpy = nn.Module.__call__, torch.from_numpy
-    original_apply = torch.autograd.Function.__dict__["apply"].__func__
+    found = next(k for k in torch.autograd.Function.__mro__ if "apply" in vars(k))
+    original_apply = vars(found)["apply"].__get__
+    own = vars(torch.autograd.Function).get("apply")
     thread = threading.get_ident()
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -49,8 +51,8 @@ def intercepted(recorder: Recorder) -> Iterator[None]:
 
     def apply(function: Any, *args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() != thread or recorder.inside_leaf:
-            return original_apply(function, *args, **kwargs)
-        return recorder.call_function(original_apply, function, args, kwargs)
+            return original_apply(None, function)(*args, **kwargs)
+        return recorder.call_function(original_apply(None, function), function, args, kwargs)
 
     def from_numpy(ndarray: Any) -> Tensor:
         with unset_fake_temporarily():
@@ -59,12 +61,14 @@ def intercepted(recorder: Recorder) -> Iterator[None]:
     try:
         # No torch function mode sees it, and it cannot run in a fake tensor mode.
         torch.from_numpy = from_numpy
-        torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
+        torch.autograd.Function.apply = classmethod(apply)
         nn.Module.__call__ = call  # type: ignore[method-assign]
         nn.Module.training = _TrainingSpy(recorder, thread)  # type: ignore[assignment]
         yield
     finally:
         torch.from_numpy = original_from_numpy
-        torch.autograd.Function.apply = classmethod(original_apply)  # type: ignore[assignment]
+        del torch.autograd.Function.apply
+        if own is not None:
+            torch.autograd.Function.apply = own
         nn.Module.__call__ = original  # type: ignore[method-assign]
         del nn.Module.training

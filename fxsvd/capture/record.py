@@ -140,14 +140,14 @@ class Recorder(TorchFunctionMode):
         """Runs an autograd function as one node: its inside has no derivative of its own.
 
         Args:
-            original: `torch.autograd.Function.apply`, unbound.
+            original: `function.apply`, as it was.
             function: The function's class.
             args: The arguments of the call.
             kwargs: The keyword arguments of the call.
         """
         self._leaf_depth += 1
         try:
-            result = original(function, *self._fake(args), **self._fake(kwargs))
+            result = original(*self._fake(args), **self._fake(kwargs))
         finally:
             self._leaf_depth -= 1
         name = f"_function{len(self.functions)}"
