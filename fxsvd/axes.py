@@ -354,7 +354,7 @@ def pick(relations: Relations, t: TensorType, dim: int, index: int, reason: str)
             block = _tie_rows_below(relations, block)
         rows = marginal(relations, block, (dim,))
         assert rows is not None
-        relations.freeze(rows.atoms.take(index, axis=rows.dims.index(dim)), reason)
+        relations.freeze(rows.atoms.take([index], axis=rows.dims.index(dim)), reason)
         rest = tuple(d for d in block.dims if d != dim)
         if rest:
             atoms = block.atoms.take([index], axis=block.dims.index(dim))

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import operator
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -467,7 +468,7 @@ def test_subclasses_with_their_own_forward_are_traced_inside():
 
 
 def test_registered_types_are_leaves(monkeypatch):
-    monkeypatch.setattr("fxsvd.capture.leaves.LEAF_TYPES", {Branch})
+    monkeypatch.setattr(sys.modules["fxsvd.capture.leaves"], "LEAF_TYPES", {Branch})
     assert isinstance(LEAF_TYPES, set)
     assert is_leaf(Branch())
 

@@ -92,7 +92,8 @@ def _undot(names: str, dots: str, rank: int) -> str:
 @rule(torch.embedding)
 def swapped_embedding(call: Call, weight: TensorType, input: TensorType, *_: Any) -> TensorType:
     """The same with the weight in front."""
-    return embedding(call, input, weight)
+    out: TensorType = embedding(call, input, weight)
+    return out
 
 
 @rule(F.embedding)
