@@ -16,7 +16,7 @@ from fxsvd.axes import TensorType
 from fxsvd.capture import BATCH_HINT
 from fxsvd.dependency import Dependencies
 from fxsvd.narrowing import Narrowing
-from fxsvd.rules import RULES, elementwise, normalization
+from fxsvd.rules import RULES, elementwise, indexing, movement, normalization, reduction
 from fxsvd.running import doubled
 from fxsvd.survivors import SURVIVING
 
@@ -101,7 +101,7 @@ def _divisors(deps: Dependencies) -> dict[int, list[int]]:
         rule = RULES.get(node.target)
         divides = rule in (elementwise.div, normalization.weight_norm) and len(node.args) > 1
         source = node.args[1 if rule is elementwise.div else 0] if divides else None
-        while isinstance(source, fx.Node) and len(source.all_input_nodes) == 1:
+        while isinstance(source, fx.Node) and _carries_zero(source):
             (source,) = source.all_input_nodes
         if isinstance(source, fx.Node) and source.op == "get_attr":
             value = attribute(deps.analysis.graph, str(source.target))
@@ -109,6 +109,14 @@ def _divisors(deps: Dependencies) -> dict[int, list[int]]:
             dims = list(range(value.dim())) if rule is elementwise.div else [last]
             out.setdefault(id(value), []).extend(dims)
     return out
+
+
+def _carries_zero(node: fx.Node) -> bool:
+    """Whether a node makes zeros of its one input's zeros (``x + eps`` does not)."""
+    rule = RULES.get(node.target)
+    moves = getattr(rule, "__module__", "") in (movement.__name__, indexing.__name__)
+    keeps = rule in (elementwise.keeps_zero, elementwise.power, reduction.total)
+    return len(node.all_input_nodes) == 1 and (moves or keeps)
 
 
 def _patch_norm(module: nn.Module, survivors: _Mask) -> None:

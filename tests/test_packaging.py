@@ -36,10 +36,11 @@ def files_of_wheel(source: Path) -> set[str]:
 def expected_files() -> set[str]:
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fxsvd").glob("*.py")}
     rules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fxsvd/rules").glob("*.py")}
+    capture = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fxsvd/capture").glob("*.py")}
     passes = {f"fxsvd/passes/{path.name}" for path in (ROOT / "passes").glob("*.py")}
     assert len(passes) > 1
     assert len(rules) > 1
-    return modules | rules | passes | {"fxsvd/py.typed"}
+    return modules | rules | capture | passes | {"fxsvd/py.typed"}
 
 
 @pytest.mark.parametrize("links", [True, False])

@@ -73,16 +73,17 @@ def _tie_ragged(relations: Relations, block: Block, before: Shape, inside: range
     Merged in another order (a channel shuffle), every row keeps the same indices; merged with a
     fixed axis (a pixel shuffle), a row lives or dies as a whole.
     """
-    while len(block.dims) > 1 and block.dims[-1] in inside:
-        merged = [d for d in inside if before[d] > 1]
+    merged = [d for d in inside if before[d] > 1]
+    while len(merged) > 1 and set(merged) & set(block.dims[1:]):
         mine = [d for d in merged if d in block.dims]
+        first = block.dims.index(mine[0])
+        in_order = mine == list(block.dims[first : first + len(mine)])
         pure = len(mine) == len(merged)
-        in_order = mine == list(block.dims[-len(mine) :])
         inner = merged[: len(mine)] == mine  # whatever is fixed lies inside: the order stays
-        if len(merged) == 1 or (in_order and (pure or inner or len(mine) == len(block.dims))):
+        if in_order and (pure or inner or len(mine) == len(block.dims)):
             return block
         outer = next((d for d in mine if d != block.dims[-1]), block.dims[-1])
-        block = tie(relations, block, outer if pure else block.dims[-1])
+        block = tie(relations, block, outer if pure else mine[-1])
     return block
 
 
