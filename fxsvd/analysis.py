@@ -161,6 +161,7 @@ class Analysis:
             module = self.graph.get_submodule(str(node.target))
             kind = module.function if isinstance(module, CustomFunction) else type(module)
             what = kind.__name__
+            self._touch(module, node, f"`{node.name}`: {what} {why}")
         if any(t.blocks for t in flatten(inputs)):
             self.unknown[node.name] = f"{what} {why}"
         for t in flatten(inputs):
@@ -174,7 +175,6 @@ class Analysis:
             return RULES[module.function](call, *args, **kwargs)
         layer = layer_of(module)
         if layer is None:
-            self._touch(module, node)
             why = "has no row in the layer table (see fxsvd.register_layer)"
             return self._give_up(call, node, (args, kwargs), why)
         named = self._layer_parameters(call, str(node.target), module, layer)
@@ -199,12 +199,12 @@ class Analysis:
             if name in tensors
         }
 
-    def _touch(self, module: nn.Module, node: fx.Node) -> None:
-        """Parameters of an unknown layer are known and frozen."""
+    def _touch(self, module: nn.Module, node: fx.Node, reason: str) -> None:
+        """Parameters of a layer that has no rule are known and frozen."""
         for name, value in module.named_parameters():
             t = self.parameter(f"{node.target}.{name}", value)
             for block in t.blocks:
-                self.relations.freeze(block.atoms, f"`{node.name}` has no row in the layer table")
+                self.relations.freeze(block.atoms, reason)
 
     def _resolve(self, value: Any) -> Any:
         if isinstance(value, fx.Node):

@@ -189,9 +189,7 @@ def _align(t: TensorType, shape: Shape) -> TensorType:
     return TensorType((1,) * shift + t.shape, blocks, t.stored)
 
 
-def _meet_fixed(
-    relations: Relations, types: Sequence[TensorType], reason: str
-) -> list[TensorType]:
+def _meet_fixed(relations: Relations, types: Sequence[TensorType], reason: str) -> list[TensorType]:
     """Fix every dimension that is fixed in any of the types (size one aside: it is broadcast)."""
     held = [{d for b in t.blocks for d in b.dims} for t in types]
     wide = [{d for d, size in enumerate(t.shape) if size > 1} for t in types]
@@ -326,9 +324,7 @@ def take(relations: Relations, t: TensorType, dim: int, index: Atoms, reason: st
     return TensorType(shape, tuple(blocks), t.stored)
 
 
-def _keep_some(
-    relations: Relations, block: Block, dim: int, atoms: Atoms, reason: str
-) -> None:
+def _keep_some(relations: Relations, block: Block, dim: int, atoms: Atoms, reason: str) -> None:
     """Of what is taken of a living row, something lives."""
     if set(block.atoms.flat) == set(atoms.flat):
         return

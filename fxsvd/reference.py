@@ -164,6 +164,7 @@ def _statistic(graph: fx.GraphModule, node: fx.Node) -> tuple[str | None, tuple[
         kind = type(graph.get_submodule(str(node.target)))
         return next((n for k, (n, _) in LAYER_NORMS.items() if issubclass(kind, k)), None), ()
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = "torch.batch_norm" if node.target is torch.batch_norm else name  # other arguments
     two = len(node.args) > 1 and isinstance(node.args[1], fx.Node) and name in ("max", "min")
     return (name if name in SURVIVING and not two else None), tuple(node.args[1:])
 

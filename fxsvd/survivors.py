@@ -85,6 +85,22 @@ def batch_norm(x: Tensor, mask: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return _affine(out, *(None if v is None else v.reshape(shape) for v in values))
 
 
+def torch_batch_norm(
+    x: Tensor,
+    mask: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    *_: Any,
+) -> Tensor:
+    """``torch.batch_norm``, which takes its arguments in another order."""
+    return batch_norm(x, mask, mean, variance, weight, bias, training, momentum, eps)
+
+
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     x = x if weight is None else x * weight
     return x if bias is None else x + bias
@@ -148,6 +164,7 @@ SURVIVING: dict[str, Callable[..., Any]] = {
     "rms_norm": rms_norm,
     "group_norm": group_norm,
     "batch_norm": batch_norm,
+    "torch.batch_norm": torch_batch_norm,
     "mean": mean,
     "var": var,
     "std": std,

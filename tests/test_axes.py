@@ -111,7 +111,10 @@ def test_heads_keep_equally_many() -> None:
     assert heads.blocks[0].dims == (1, 2)
     relations.solve()
     ((rows, why),) = relations.rows
-    assert ([row.tolist() for row in rows], why) == ([[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]], "heads")
+    assert ([row.tolist() for row in rows], why) == (
+        [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]],
+        "heads",
+    )
 
 
 @pytest.mark.parametrize(
@@ -141,7 +144,9 @@ def test_take_is_numpys(index: list[int], dim: int) -> None:
     expected = [m.take(index, axis=dim) for m in members(t, channels)]
     found = members(out, channels)
     assert out.shape == expected[0].shape
-    kept = [e for e, b in zip(expected, t.blocks, strict=True) if dim not in b.dims or len(index) > 1]
+    kept = [
+        e for e, b in zip(expected, t.blocks, strict=True) if dim not in b.dims or len(index) > 1
+    ]
     assert all(np.array_equal(a, b) for a, b in zip(kept, found, strict=True))
 
 

@@ -90,7 +90,11 @@ def attention_with_baddbmm() -> nn.Module:
 
 
 def packed(**more: Any) -> dict[str, Any]:
-    layers = {"a": nn.Linear(5, WIDTH), "qkv": nn.Linear(WIDTH, 3 * WIDTH), "o": nn.Linear(WIDTH, WIDTH)}
+    layers = {
+        "a": nn.Linear(5, WIDTH),
+        "qkv": nn.Linear(WIDTH, 3 * WIDTH),
+        "o": nn.Linear(WIDTH, WIDTH),
+    }
     return {**layers, "out": nn.Linear(WIDTH, 3), **more}
 
 
@@ -166,7 +170,11 @@ def packed_qkv_by_convolution() -> nn.Module:
         return m.out(m.o(z))
 
     return Net(
-        run, a=nn.Conv2d(3, 8, 1), qkv=nn.Conv2d(8, 24, 1), o=nn.Conv2d(8, 8, 1), out=nn.Conv2d(8, 3, 1)
+        run,
+        a=nn.Conv2d(3, 8, 1),
+        qkv=nn.Conv2d(8, 24, 1),
+        o=nn.Conv2d(8, 8, 1),
+        out=nn.Conv2d(8, 3, 1),
     )
 
 
@@ -179,10 +187,18 @@ def multihead_attention_self() -> nn.Module:
         y = m.a(x)
         return m.out(y + m.attend(y, y, y, need_weights=False)[0])
 
-    return Net(run, a=nn.Linear(5, 8), attend=nn.MultiheadAttention(8, 2, batch_first=True), out=nn.Linear(8, 3))
+    return Net(
+        run,
+        a=nn.Linear(5, 8),
+        attend=nn.MultiheadAttention(8, 2, batch_first=True),
+        out=nn.Linear(8, 3),
+    )
 
 
-@idiom(several(SEQUENCE, floats(4, 7)), {"a": (8, 4), "attend": (8, 4), "attend#2": (8, 4), "attend.out_proj": (8, 4), **OUT})
+@idiom(
+    several(SEQUENCE, floats(4, 7)),
+    {"a": (8, 4), "attend": (8, 4), "attend#2": (8, 4), "attend.out_proj": (8, 4), **OUT},
+)
 def multihead_attention_cross() -> nn.Module:
     """Sequence first; keys and values come from another stream."""
 
@@ -191,19 +207,40 @@ def multihead_attention_cross() -> nn.Module:
         z, weights = m.attend(q, k, k)
         return m.out(z.transpose(0, 1)), weights
 
-    return Net(run, a=nn.Linear(5, 8), b=nn.Linear(7, 8), attend=nn.MultiheadAttention(8, 2), out=nn.Linear(8, 3))
+    return Net(
+        run,
+        a=nn.Linear(5, 8),
+        b=nn.Linear(7, 8),
+        attend=nn.MultiheadAttention(8, 2),
+        out=nn.Linear(8, 3),
+    )
 
 
 @idiom(
     several(SEQUENCE, floats(4, 7)),
-    {"a": (8, 4), "b": (6, 3), "c": (10, 5), "attend.q_proj_weight": (8, 4), "attend.v_proj_weight": (8, 4), "attend.out_proj": (8, 4), **OUT},
+    {
+        "a": (8, 4),
+        "b": (6, 3),
+        "c": (10, 5),
+        "attend.q_proj_weight": (8, 4),
+        "attend.v_proj_weight": (8, 4),
+        "attend.out_proj": (8, 4),
+        **OUT,
+    },
 )
 def multihead_attention_with_other_widths() -> nn.Module:
     def run(m: Net, x: Tensor, y: Tensor) -> Tensor:
         return m.out(m.attend(m.a(x), m.b(y), m.c(y))[0])
 
     attend = nn.MultiheadAttention(8, 2, kdim=6, vdim=10, batch_first=True, bias=False)
-    return Net(run, a=nn.Linear(5, 8), b=nn.Linear(7, 6), c=nn.Linear(7, 10), attend=attend, out=nn.Linear(8, 3))
+    return Net(
+        run,
+        a=nn.Linear(5, 8),
+        b=nn.Linear(7, 6),
+        c=nn.Linear(7, 10),
+        attend=attend,
+        out=nn.Linear(8, 3),
+    )
 
 
 def encoder_layer(**options: Any) -> nn.Module:
@@ -233,7 +270,18 @@ def transformer_encoder_layer_norm_first() -> nn.Module:
     return encoder_layer(norm_first=True, activation="gelu")
 
 
-@idiom(several(SEQUENCE, floats(4, 5)), {"a": (8, 4), "block.self_attn": (8, 4), "block.self_attn#2": (8, 4), "block.multihead_attn": (8, 4), "block.multihead_attn#2": (8, 4), "block.linear1": (12, 6), **OUT})
+@idiom(
+    several(SEQUENCE, floats(4, 5)),
+    {
+        "a": (8, 4),
+        "block.self_attn": (8, 4),
+        "block.self_attn#2": (8, 4),
+        "block.multihead_attn": (8, 4),
+        "block.multihead_attn#2": (8, 4),
+        "block.linear1": (12, 6),
+        **OUT,
+    },
+)
 def transformer_decoder_layer() -> nn.Module:
     def run(m: Net, x: Tensor, y: Tensor) -> Tensor:
         return m.out(m.block(m.a(x), m.b(y)))
@@ -387,7 +435,9 @@ def window_attention_with_relative_position_bias() -> nn.Module:
         return m.out(y + torch.roll(z, shifts=(1, 1), dims=(1, 2)))
 
     index = torch.arange(16).view(4, 4) % 9
-    return Net(run, **packed(norm=nn.LayerNorm(8), table=nn.Parameter(torch.zeros(9, 2)), index=index))
+    return Net(
+        run, **packed(norm=nn.LayerNorm(8), table=nn.Parameter(torch.zeros(9, 2)), index=index)
+    )
 
 
 @idiom(floats(4, 4, 5), {"a": (8, 4), "merge": (12, 6), **OUT})
@@ -399,7 +449,13 @@ def patch_merging() -> nn.Module:
         parts = [y[:, i::2, j::2, :] for j in (0, 1) for i in (0, 1)]
         return m.out(m.merge(m.norm(torch.cat(parts, -1))).relu())
 
-    return Net(run, a=nn.Linear(5, 8), norm=nn.LayerNorm(32), merge=nn.Linear(32, 12, bias=False), out=nn.Linear(12, 3))
+    return Net(
+        run,
+        a=nn.Linear(5, 8),
+        norm=nn.LayerNorm(32),
+        merge=nn.Linear(32, 12, bias=False),
+        out=nn.Linear(12, 3),
+    )
 
 
 @idiom(floats(3, 4, 4), {"a": (8, 4), "qkv": (2, 1), "o": (8, 4), **OUT})
@@ -414,7 +470,11 @@ def attention_over_channels() -> nn.Module:
         return m.out(m.o((scores @ v).reshape(b, c, h, w)))
 
     return Net(
-        run, a=nn.Conv2d(3, 8, 1), qkv=nn.Conv2d(8, 24, 1), o=nn.Conv2d(8, 8, 1), out=nn.Conv2d(8, 3, 1)
+        run,
+        a=nn.Conv2d(3, 8, 1),
+        qkv=nn.Conv2d(8, 24, 1),
+        o=nn.Conv2d(8, 8, 1),
+        out=nn.Conv2d(8, 3, 1),
     )
 
 

@@ -94,7 +94,13 @@ def selective_kernel() -> nn.Module:
         return m.head((both * s[:, :, :, None, None]).sum(1))
 
     return Net(
-        run, a=unit(3, 8), b=unit(8, 8), c=unit(8, 8, 5), mix=nn.Linear(8, 4), weigh=nn.Linear(4, 16), head=head(8)
+        run,
+        a=unit(3, 8),
+        b=unit(8, 8),
+        c=unit(8, 8, 5),
+        mix=nn.Linear(8, 4),
+        weigh=nn.Linear(4, 16),
+        head=head(8),
     )
 
 
@@ -130,7 +136,9 @@ def geglu_packed() -> nn.Module:
         value, gate = m.w(y).chunk(2, dim=-1)
         return m.out(y + m.back(value * F.gelu(gate)))
 
-    return Net(run, a=nn.Linear(5, 8), w=nn.Linear(8, 24), back=nn.Linear(12, 8), out=nn.Linear(8, 3))
+    return Net(
+        run, a=nn.Linear(5, 8), w=nn.Linear(8, 24), back=nn.Linear(12, 8), out=nn.Linear(8, 3)
+    )
 
 
 @idiom(SEQUENCE, {"a": (8, 4), "w": (12, 6), **OUT})
@@ -139,7 +147,14 @@ def glu_layer() -> nn.Module:
         y = m.a(x)
         return m.out(y + m.back(m.glu(m.w(y))))
 
-    return Net(run, a=nn.Linear(5, 8), w=nn.Linear(8, 24), glu=nn.GLU(), back=nn.Linear(12, 8), out=nn.Linear(8, 3))
+    return Net(
+        run,
+        a=nn.Linear(5, 8),
+        w=nn.Linear(8, 24),
+        glu=nn.GLU(),
+        back=nn.Linear(12, 8),
+        out=nn.Linear(8, 3),
+    )
 
 
 @idiom(IMAGE, {"a.0": (8, 4), "b": (12, 6), **HEAD})
@@ -176,7 +191,14 @@ def residual_network() -> nn.Module:
         return m.head(y)
 
     return Net(
-        run, a=unit(3, 8), b=unit(8, 6), c=conv(6, 8), d=conv(8, 12, 1), e=unit(8, 10), f=conv(10, 12), head=head(12)
+        run,
+        a=unit(3, 8),
+        b=unit(8, 6),
+        c=conv(6, 8),
+        d=conv(8, 12, 1),
+        e=unit(8, 10),
+        f=conv(10, 12),
+        head=head(12),
     )
 
 
@@ -186,7 +208,14 @@ def resnext_block() -> nn.Module:
         y = m.a(x)
         return m.head((y + m.d(m.c(m.b(y)))).relu())
 
-    return Net(run, a=unit(3, 8), b=unit(8, 12, 1), c=unit(12, 12, groups=3), d=conv(12, 8, 1), head=head(8))
+    return Net(
+        run,
+        a=unit(3, 8),
+        b=unit(8, 12, 1),
+        c=unit(12, 12, groups=3),
+        d=conv(12, 8, 1),
+        head=head(8),
+    )
 
 
 @idiom(IMAGE, {"a.0": (8, 4), "b.0": (24, 12), "gate.squeeze": (4, 2), **HEAD})

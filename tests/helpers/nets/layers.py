@@ -47,7 +47,9 @@ OUT = {"out": (3, OUTPUT)}
 
 @idiom(VECTOR, {"a": (8, 4), "b": (12, 6), **OUT})
 def linear_chain() -> nn.Module:
-    return Net(chain, a=nn.Linear(7, 8), r=nn.ReLU(), b=nn.Linear(8, 12), s=nn.GELU(), out=nn.Linear(12, 3))
+    return Net(
+        chain, a=nn.Linear(7, 8), r=nn.ReLU(), b=nn.Linear(8, 12), s=nn.GELU(), out=nn.Linear(12, 3)
+    )
 
 
 @idiom(VECTOR, {"a": (9, 4), **OUT})
@@ -68,13 +70,20 @@ def convolution_1d() -> nn.Module:
     def run(m: Net, x: Tensor) -> Tensor:
         return m.out(m.b(m.n(m.a(x)).relu()).mean(-1))
 
-    return Net(run, a=nn.Conv1d(3, 8, 3), n=nn.BatchNorm1d(8), b=nn.Conv1d(8, 6, 3), out=nn.Linear(6, 3))
+    return Net(
+        run, a=nn.Conv1d(3, 8, 3), n=nn.BatchNorm1d(8), b=nn.Conv1d(8, 6, 3), out=nn.Linear(6, 3)
+    )
 
 
 @idiom(IMAGE, {"a": (8, 4), "b": (12, 6), **HEAD})
 def convolution_2d() -> nn.Module:
     return Net(
-        chain, a=conv(3, 8), n=nn.BatchNorm2d(8), r=nn.ReLU6(), b=conv(8, 12, stride=2), head=head(12)
+        chain,
+        a=conv(3, 8),
+        n=nn.BatchNorm2d(8),
+        r=nn.ReLU6(),
+        b=conv(8, 12, stride=2),
+        head=head(12),
     )
 
 
@@ -83,7 +92,9 @@ def convolution_3d() -> nn.Module:
     def run(m: Net, x: Tensor) -> Tensor:
         return m.out(m.b(m.n(m.a(x)).relu()).mean((2, 3, 4)))
 
-    return Net(run, a=nn.Conv3d(2, 8, 3), n=nn.BatchNorm3d(8), b=nn.Conv3d(8, 6, 1), out=nn.Linear(6, 3))
+    return Net(
+        run, a=nn.Conv3d(2, 8, 3), n=nn.BatchNorm3d(8), b=nn.Conv3d(8, 6, 1), out=nn.Linear(6, 3)
+    )
 
 
 @idiom(IMAGE, {"a": (8, 4), "b": (6, 3), "out": (3, OUTPUT)})
@@ -101,27 +112,42 @@ def transposed_convolution() -> nn.Module:
 def transposed_grouped_convolution() -> nn.Module:
     """Each group loses half of its inputs and half of its outputs."""
     return Net(
-        chain, a=conv(3, 8), r=nn.ReLU(), b=nn.ConvTranspose2d(8, 12, 2, groups=2), s=nn.ReLU(), head=head(12)
+        chain,
+        a=conv(3, 8),
+        r=nn.ReLU(),
+        b=nn.ConvTranspose2d(8, 12, 2, groups=2),
+        s=nn.ReLU(),
+        head=head(12),
     )
 
 
 @idiom(IMAGE, {"a": (8, 4), "b": (12, 6), **HEAD})
 def grouped_convolution() -> nn.Module:
     """Each of the two groups keeps two of its inputs and three of its outputs."""
-    return Net(chain, a=conv(3, 8), r=nn.ReLU(), b=conv(8, 12, groups=2), s=nn.ReLU(), head=head(12))
+    return Net(
+        chain, a=conv(3, 8), r=nn.ReLU(), b=conv(8, 12, groups=2), s=nn.ReLU(), head=head(12)
+    )
 
 
 @idiom(IMAGE, {"a": (8, 4), "b": (12, 6), **HEAD})
 def depthwise_convolution() -> nn.Module:
     return Net(
-        chain, a=conv(3, 8), r=nn.ReLU(), depth=conv(8, 8, groups=8), b=conv(8, 12, 1), s=nn.ReLU(), head=head(12)
+        chain,
+        a=conv(3, 8),
+        r=nn.ReLU(),
+        depth=conv(8, 8, groups=8),
+        b=conv(8, 12, 1),
+        s=nn.ReLU(),
+        head=head(12),
     )
 
 
 @idiom(IMAGE, {"a": (8, 4), **HEAD})
 def depthwise_with_multiplier() -> nn.Module:
     """An input takes both of its outputs along."""
-    return Net(chain, a=conv(3, 8), r=nn.ReLU(), depth=conv(8, 16, groups=8), s=nn.ReLU(), head=head(16))
+    return Net(
+        chain, a=conv(3, 8), r=nn.ReLU(), depth=conv(8, 16, groups=8), s=nn.ReLU(), head=head(16)
+    )
 
 
 @idiom(IMAGE, {"a": (8, 4), **HEAD})
@@ -188,7 +214,12 @@ def group_norm_of_single_channels() -> nn.Module:
 @idiom(SEQUENCE, {"a": (8, 4), "b": (12, 6), "out": (3, OUTPUT)})
 def norms_of_sequences() -> nn.Module:
     return Net(
-        chain, a=nn.Linear(5, 8), n=nn.LayerNorm(8), r=nn.GELU(), b=nn.Linear(8, 12), s=nn.RMSNorm(12),
+        chain,
+        a=nn.Linear(5, 8),
+        n=nn.LayerNorm(8),
+        r=nn.GELU(),
+        b=nn.Linear(8, 12),
+        s=nn.RMSNorm(12),
         out=nn.Linear(12, 3),
     )
 
@@ -264,7 +295,14 @@ def weight_norm_old() -> nn.Module:
     return Net(chain, a=with_norm[0], r=nn.ReLU(), b=with_norm[1], s=nn.ReLU(), head=head(6))
 
 
-@idiom(IMAGE, {"a.parametrizations.weight.original1": (8, 4), "b.parametrizations.weight.original1": (6, 3), **HEAD})
+@idiom(
+    IMAGE,
+    {
+        "a.parametrizations.weight.original1": (8, 4),
+        "b.parametrizations.weight.original1": (6, 3),
+        **HEAD,
+    },
+)
 def weight_norm_parametrized() -> nn.Module:
     return Net(
         chain,
@@ -380,7 +418,11 @@ def position_embedding_by_arange() -> nn.Module:
         return m.out(m.norm(m.words(x) * 2.0 + m.places(place)[None]))
 
     return Net(
-        run, words=nn.Embedding(11, 8), places=nn.Embedding(10, 8), norm=nn.LayerNorm(8), out=nn.Linear(8, 3)
+        run,
+        words=nn.Embedding(11, 8),
+        places=nn.Embedding(10, 8),
+        norm=nn.LayerNorm(8),
+        out=nn.Linear(8, 3),
     )
 
 
@@ -472,7 +514,16 @@ def addmm_and_bmm() -> nn.Module:
     )
 
 
-@idiom(SEQUENCE, {"a": (8, 4), "gate": (4, 'mixes along it'), "experts": (4, 'ties it to an axis of fixed width'), "experts#2": (12, 6), **OUT})
+@idiom(
+    SEQUENCE,
+    {
+        "a": (8, 4),
+        "gate": (4, "mixes along it"),
+        "experts": (4, "ties it to an axis of fixed width"),
+        "experts#2": (12, 6),
+        **OUT,
+    },
+)
 def mixture_of_experts_by_einsum() -> nn.Module:
     """Every expert runs, a softmax weighs them: the features of each can go, the experts stay."""
 

@@ -44,7 +44,9 @@ def unflatten_after_linear() -> nn.Module:
     def run(m: Net, x: Tensor) -> Tensor:
         return m.out(m.b(m.u(m.a(x)).relu()).relu().flatten(2).mean(-1))
 
-    return Net(run, a=nn.Linear(5, 128), u=nn.Unflatten(1, (8, 4, 4)), b=conv(8, 6), out=nn.Linear(6, 3))
+    return Net(
+        run, a=nn.Linear(5, 128), u=nn.Unflatten(1, (8, 4, 4)), b=conv(8, 6), out=nn.Linear(6, 3)
+    )
 
 
 @idiom(VECTOR, {"a": (12, 4), **OUT}, masked=False)
@@ -97,7 +99,13 @@ def dense_block() -> nn.Module:
         return m.head(y)
 
     return Net(
-        run, a=conv(3, 4), n1=nn.BatchNorm2d(4), b=conv(4, 4), n2=nn.BatchNorm2d(8), c=conv(8, 4), head=head(12)
+        run,
+        a=conv(3, 4),
+        n1=nn.BatchNorm2d(4),
+        b=conv(4, 4),
+        n2=nn.BatchNorm2d(8),
+        c=conv(8, 4),
+        head=head(12),
     )
 
 
@@ -219,7 +227,9 @@ def permuting_index_buffer() -> nn.Module:
         return m.out(m.b(y).index_select(1, m.other))
 
     order, other = torch.tensor([3, 0, 7, 5, 1, 6, 2, 4]), torch.tensor([5, 4, 0, 1, 2, 3])
-    return Net(run, a=nn.Linear(7, 8), b=nn.Linear(8, 6), order=order, other=other, out=nn.Linear(6, 3))
+    return Net(
+        run, a=nn.Linear(7, 8), b=nn.Linear(8, 6), order=order, other=other, out=nn.Linear(6, 3)
+    )
 
 
 @idiom(IMAGE, {"a": (8, 4), **HEAD})
@@ -250,7 +260,13 @@ def channel_shuffle_by_hand() -> nn.Module:
 @idiom(IMAGE, {"a": (8, 4), "b": (8, 4), **HEAD})
 def channel_shuffle_layer() -> nn.Module:
     return Net(
-        chain, a=conv(3, 8), r=nn.ReLU(), s=nn.ChannelShuffle(2), b=conv(8, 8, groups=2), t=nn.ReLU(), head=head(8)
+        chain,
+        a=conv(3, 8),
+        r=nn.ReLU(),
+        s=nn.ChannelShuffle(2),
+        b=conv(8, 8, groups=2),
+        t=nn.ReLU(),
+        head=head(8),
     )
 
 
@@ -262,7 +278,9 @@ def pixel_shuffle() -> nn.Module:
 
 @idiom(IMAGE, {"a": (4, 2), "b": (6, 3), **HEAD})
 def pixel_unshuffle() -> nn.Module:
-    return Net(chain, a=conv(3, 4), s=nn.PixelUnshuffle(2), b=conv(16, 6), r=nn.ReLU(), head=head(6))
+    return Net(
+        chain, a=conv(3, 4), s=nn.PixelUnshuffle(2), b=conv(16, 6), r=nn.ReLU(), head=head(6)
+    )
 
 
 @idiom(IMAGE, {"a": (4, 2), "b": (6, 3), **HEAD})
@@ -349,11 +367,18 @@ def u_net() -> nn.Module:
 @idiom(IMAGE, {"a": (8, 4), "b": (6, 3), **HEAD})
 def upsampling_layer_and_padding() -> nn.Module:
     return Net(
-        chain, a=conv(3, 8), u=nn.Upsample(scale_factor=2), p=nn.ReflectionPad2d(1), b=conv(8, 6), head=head(6)
+        chain,
+        a=conv(3, 8),
+        u=nn.Upsample(scale_factor=2),
+        p=nn.ReflectionPad2d(1),
+        b=conv(8, 6),
+        head=head(6),
     )
 
 
-@idiom(SEQUENCE, {"a": (8, 4), "time": (4, 2), "back": (6, 'ties it to an axis of fixed width'), **OUT})
+@idiom(
+    SEQUENCE, {"a": (8, 4), "time": (4, 2), "back": (6, "ties it to an axis of fixed width"), **OUT}
+)
 def mixer_over_positions() -> nn.Module:
     """An MLP over positions: its hidden width goes, the number of positions stays."""
 
@@ -362,7 +387,9 @@ def mixer_over_positions() -> nn.Module:
         y = y + m.back(m.time(y.transpose(1, 2)).relu()).transpose(1, 2)
         return m.out(y.mean(1))
 
-    return Net(run, a=nn.Linear(5, 8), time=nn.Linear(6, 4), back=nn.Linear(4, 6), out=nn.Linear(8, 3))
+    return Net(
+        run, a=nn.Linear(5, 8), time=nn.Linear(6, 4), back=nn.Linear(4, 6), out=nn.Linear(8, 3)
+    )
 
 
 @idiom(VECTOR, {"a": (8, OUTPUT)})
@@ -370,6 +397,6 @@ def output_is_the_space() -> nn.Module:
     return Net(lambda m, x: m.a(x).relu(), a=nn.Linear(7, 8))
 
 
-@idiom(VECTOR, {"a": (7, 'ties it to an axis of fixed width'), **OUT})
+@idiom(VECTOR, {"a": (7, "ties it to an axis of fixed width"), **OUT})
 def residual_with_the_input() -> nn.Module:
     return Net(lambda m, x: m.out(x + m.a(x)), a=nn.Linear(7, 7), out=nn.Linear(7, 3))

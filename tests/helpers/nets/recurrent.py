@@ -37,7 +37,9 @@ def plain_rnn_without_bias() -> nn.Module:
     return tagger(nn.RNN(8, 6, batch_first=True, bias=False, nonlinearity="relu"))
 
 
-@idiom(SEQUENCE, {"a": (8, 4), "rnn": (6, 3), "rnn#2": (6, 3), "rnn#3": (6, 3), "rnn#4": (6, 3), **OUT})
+@idiom(
+    SEQUENCE, {"a": (8, 4), "rnn": (6, 3), "rnn#2": (6, 3), "rnn#3": (6, 3), "rnn#4": (6, 3), **OUT}
+)
 def lstm_deep_and_both_ways() -> nn.Module:
     """Layers and directions choose their own features, equally many."""
     return tagger(nn.LSTM(8, 6, 2, bidirectional=True, batch_first=True), 2)

@@ -12,7 +12,7 @@ from tests.helpers.nets.base import IMAGE, OUTPUT, VECTOR, Net, floats, idiom, s
 from tests.helpers.nets.layers import HEAD, OUT, conv, head
 
 
-@idiom(tokens(6), {"words": (11, 'looks rows up by number'), "words#2": (8, 4), "b": (12, 6)})
+@idiom(tokens(6), {"words": (11, "looks rows up by number"), "words#2": (8, 4), "b": (12, 6)})
 def tied_embedding_and_head() -> nn.Module:
     def run(m: Net, x: Tensor) -> Tensor:
         y = m.words(x)
@@ -20,10 +20,12 @@ def tied_embedding_and_head() -> nn.Module:
 
     words, out = nn.Embedding(11, 8), nn.Linear(8, 11, bias=False)
     out.weight = words.weight
-    return Net(run, words=words, b=nn.Linear(8, 12), c=nn.Linear(12, 8), norm=nn.LayerNorm(8), head=out)
+    return Net(
+        run, words=words, b=nn.Linear(8, 12), c=nn.Linear(12, 8), norm=nn.LayerNorm(8), head=out
+    )
 
 
-@idiom(tokens(6), {"words": (11, 'looks rows up by number'), "words#2": (8, 4)})
+@idiom(tokens(6), {"words": (11, "looks rows up by number"), "words#2": (8, 4)})
 def tied_head_by_function() -> nn.Module:
     def run(m: Net, x: Tensor) -> Tensor:
         return F.linear(torch.tanh(m.words(x)), m.words.weight)
@@ -85,8 +87,6 @@ def dict_of_outputs() -> nn.Module:
     return Net(run, a=nn.Linear(7, 8), out=nn.Linear(8, 3))
 
 
-@idiom(
-    lambda batch: {"x": torch.randn(batch, 7)}, {"a": (8, 4), **OUT}
-)
+@idiom(lambda batch: {"x": torch.randn(batch, 7)}, {"a": (8, 4), **OUT})
 def keyword_inputs() -> nn.Module:
     return Net(lambda m, x: m.out(m.a(x).relu()), a=nn.Linear(7, 8), out=nn.Linear(8, 3))
