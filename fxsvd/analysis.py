@@ -7,7 +7,7 @@ outputs. What has no rule freezes what it touches, with the reason in words.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +15,9 @@ import torch
 from torch import fx, nn
 
 from fxsvd.axes import Block, TensorType
-from fxsvd.capture import CustomFunction, concrete
+from fxsvd.capture import CustomFunction
 from fxsvd.layers import Layer, layer_of
+from fxsvd.nests import attribute, flatten, has_tensor, plain, shapes_of, shapes_of_types
 from fxsvd.relations import Atoms, Relations
 from fxsvd.rules import RULES, Call, contraction
 from fxsvd.rules.registry import fixed
@@ -141,7 +142,7 @@ class Analysis:
             NotImplementedError,
         ) as e:
             return self._give_up(call, node, (args, kwargs), f"has a form without a rule ({e})")
-        if not _writes(node) and shapes_of_types(out) != _plain(call.out):
+        if not _writes(node) and shapes_of_types(out) != plain(call.out):
             return self._give_up(call, node, (args, kwargs, out), "has a form without a rule")
         if in_place(node):
             self.types[node.args[0]] = out  # type: ignore[index]  # a node by construction
@@ -269,57 +270,3 @@ def in_place(node: fx.Node) -> bool:
 
 def _writes(node: fx.Node) -> bool:
     return getattr(node.target, "__name__", "") == "setitem"
-
-
-def shapes_of(value: Any) -> Any:
-    """Concrete shapes (batch at its hint) of a nest of tensors; other values as they are."""
-    if isinstance(value, torch.Tensor):
-        return torch.Size([concrete(size) for size in value.shape])
-    if isinstance(value, torch.SymInt):
-        return concrete(value)
-    if isinstance(value, dict):
-        return {k: shapes_of(v) for k, v in value.items()}
-    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
-        return tuple(shapes_of(v) for v in value)
-    return value
-
-
-def has_tensor(shapes: Any) -> bool:
-    """Whether a nest of shapes has the shape of any tensor."""
-    if isinstance(shapes, torch.Size):
-        return True
-    items: Iterable[Any] = shapes.values() if isinstance(shapes, dict) else ()
-    items = shapes if isinstance(shapes, tuple) else items
-    return any(has_tensor(item) for item in items)
-
-
-def _plain(shapes: Any) -> Any:
-    if isinstance(shapes, torch.Size):
-        return tuple(shapes)
-    return tuple(_plain(s) for s in shapes) if isinstance(shapes, tuple) else shapes
-
-
-def shapes_of_types(value: Any) -> Any:
-    """The shapes of a nest of types."""
-    if isinstance(value, TensorType):
-        return value.shape
-    if isinstance(value, (tuple, list)):
-        return tuple(shapes_of_types(v) for v in value)
-    return value
-
-
-def flatten(value: Any) -> list[TensorType]:
-    """All tensor types in a nest."""
-    if isinstance(value, TensorType):
-        return [value]
-    items: Iterable[Any] = value.values() if isinstance(value, dict) else ()
-    items = value if isinstance(value, (tuple, list)) else items
-    return [t for item in items for t in flatten(item)]
-
-
-def attribute(root: nn.Module, path: str) -> Any:
-    """The attribute at a dotted path."""
-    value: Any = root
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value

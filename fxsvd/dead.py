@@ -9,10 +9,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from fxsvd.analysis import Site, flatten
+from fxsvd.analysis import Site
 from fxsvd.constants import CONVOLUTIONS, constant_inputs
 from fxsvd.dependency import Dependencies, layer_name
 from fxsvd.edits import Shift
+from fxsvd.nests import flatten
 from fxsvd.rules import RULES, attention, contraction
 from fxsvd.rules.normalization import group_norm, layer_norm
 from fxsvd.rules.reduction import over_survivors, total

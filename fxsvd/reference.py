@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from fxsvd.analysis import Parameter, attribute
+from fxsvd.analysis import Parameter
 from fxsvd.axes import TensorType
 from fxsvd.capture import BATCH_HINT
 from fxsvd.dependency import Dependencies
 from fxsvd.narrowing import Narrowing
-from fxsvd.rules import RULES, elementwise, indexing, movement, normalization, reduction
+from fxsvd.nests import attribute
+from fxsvd.rules import RULES, elementwise, normalization, reduction
 from fxsvd.running import doubled
 from fxsvd.survivors import SURVIVING
 
@@ -114,7 +115,11 @@ def _divisors(deps: Dependencies) -> dict[int, list[int]]:
 def _carries_zero(node: fx.Node) -> bool:
     """Whether a node makes zeros of its one input's zeros (``x + eps`` does not)."""
     rule = RULES.get(node.target)
-    moves = getattr(rule, "__module__", "") in (movement.__name__, indexing.__name__)
+    moves = getattr(rule, "__module__", "") in (
+        movement.__name__,
+        joining.__name__,
+        indexing.__name__,
+    )
     keeps = rule in (elementwise.keeps_zero, elementwise.power, reduction.total)
     return len(node.all_input_nodes) == 1 and (moves or keeps)
 

@@ -18,12 +18,12 @@ import numpy.typing as npt
 import torch
 from torch import fx, nn
 
-from fxsvd.analysis import attribute, flatten, shapes_of_types
 from fxsvd.axes import Shape, TensorType
 from fxsvd.dependency import Dependencies
 from fxsvd.edits import Plan
 from fxsvd.layers import layer_of
 from fxsvd.narrowing import Narrowing
+from fxsvd.nests import attribute, flatten, shapes_of_types
 from fxsvd.rules import LITERALS
 
 Made = dict[tuple[Any, ...], torch.Tensor]

@@ -1,7 +1,7 @@
 """The algebra of types, against NumPy on the atoms themselves.
 
-A type says of every element of a tensor which atoms it belongs to. Moving data around must move these
-memberships in the same way, up to unifications that the operation had to make.
+A type says of every element of a tensor which atoms it belongs to. Moving data around must move
+these memberships in the same way, up to unifications that the operation had to make.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ def test_a_bias_per_head_goes_with_its_head() -> None:
 
 
 def test_of_an_axis_of_two_kinds_the_features_can_go() -> None:
-    """Heads that share their features, flattened: the features stay narrowable, the heads do not."""
+    """Heads that share their features, flattened: the features can go, the heads cannot."""
     relations = Relations()
     shared = separate(relations, (5, 2, 4), (1, 2))
     flat = reshape(relations, shared, (5, 8), "")

@@ -1,4 +1,4 @@
-"""Bad input is a clear error or a plan with reasons, and the user's model stays as it was, bit for bit."""
+"""Bad input is a clear error or a plan with reasons, and the user's model stays as it was."""
 
 from __future__ import annotations
 
@@ -23,7 +23,12 @@ HALF = [Prune(0.5)]
 def model() -> nn.Module:
     """With all that a careless compiler could change: modes, hooks, gradients, buffers, lists."""
     net = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 1), nn.Flatten(), nn.Linear(24, 4)
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 1),
+        nn.Flatten(),
+        nn.Linear(24, 4),
     )
     randomized(net)
     net.train()
@@ -111,7 +116,9 @@ def test_model_and_inputs_on_different_devices() -> None:
     """A GPU that needs no GPU: fake parameters say that they are on one."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         net = nn.Linear(4, 4, device="cuda")
-    with pytest.raises(CaptureError, match="inputs are on cpu and the model is on cuda:0: move one"):
+    with pytest.raises(
+        CaptureError, match="inputs are on cpu and the model is on cuda:0: move one"
+    ):
         fxsvd.compile(net, torch.randn(2, 4), passes=HALF)
 
 
@@ -140,11 +147,17 @@ def test_unknown_options(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ignore": ["stem.con1"]}, r"no layer or space is called 'stem\.con1'; did you mean 'stem\.conv1"),
+        (
+            {"ignore": ["stem.con1"]},
+            r"no layer or space is called 'stem\.con1'; did you mean 'stem\.conv1",
+        ),
         ({"passes": [Prune(0.5, only=("haed",))]}, r"called 'haed'; did you mean 'head'"),
         ({"passes": [Prune({"stm.*": 0.5})]}, r"no layer or space is called 'stm\.\*'"),
         ({"ignore": [nn.Linear(2, 2)]}, "this Linear is no part of the network"),
-        ({"passes": []}, r"passes is empty: say what to do, such as passes=\[Prune\(ratio=0\.5\)\]"),
+        (
+            {"passes": []},
+            r"passes is empty: say what to do, such as passes=\[Prune\(ratio=0\.5\)\]",
+        ),
         ({"passes": [Prune(0.5, criterion="taylor")]}, "criterion='taylor' needs loss="),
     ],
 )
@@ -168,7 +181,9 @@ def test_a_layer_nobody_knows_freezes_what_it_touches() -> None:
         return m.out(m.b(m.mix(m.a(x), m.a(x))).relu())
 
     net = randomized(
-        Net(run, a=nn.Linear(4, 8), mix=nn.Bilinear(8, 8, 6), b=nn.Linear(6, 8), out=nn.Linear(8, 2))
+        Net(
+            run, a=nn.Linear(4, 8), mix=nn.Bilinear(8, 8, 6), b=nn.Linear(6, 8), out=nn.Linear(8, 2)
+        )
     )
     with unchanged(net):
         small = fxsvd.compile(net, torch.randn(2, 4), passes=HALF)
@@ -218,7 +233,9 @@ def test_everything_frozen() -> None:
     with unchanged(net):
         small = fxsvd.compile(net, torch.randn(2, 4), passes=HALF)
     assert small.report.plan.edits == ()
-    assert [str(skip) for skip in small.report.plan.skips] == ["0: 8 stays (it is the network's output)"]
+    assert [str(skip) for skip in small.report.plan.skips] == [
+        "0: 8 stays (it is the network's output)"
+    ]
     assert "not narrowed:\n  0 (8): it is the network's output" in str(small.report)
     x = torch.randn(3, 4)
     assert torch.equal(small(x), net(x))
@@ -270,13 +287,9 @@ def test_a_plan_that_leaves_rows_of_unequal_length() -> None:
 
     net = randomized(Net(run, a=nn.Linear(4, 8), out=nn.Linear(8, 2)))
     graph = fxsvd.capture(net, torch.randn(2, 4))
-    spaces = fxsvd.analyze(graph).spaces
-    edits = tuple(Remap(s.name, s.width, tuple(range(s.width - 1))) for s in spaces if not s.frozen)
-    if [e.width for e in edits] == [8]:
-        with pytest.raises(PlanError, match="unequal numbers of channels"):
-            fxsvd.apply(graph, Plan(edits))
-    else:  # the softmax over the rows ties them
-        assert [e.width for e in edits] == [4]
+    edit = Remap("a", 8, tuple(range(7)))
+    with unchanged(net), pytest.raises(PlanError, match="unequal numbers of channels"):
+        fxsvd.apply(graph, Plan((edit,)))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"edits": 1}', "no plan"])

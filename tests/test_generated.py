@@ -1,4 +1,4 @@
-"""Five hundred generated networks through prune and verify: never wrong, and never pruned too much."""
+"""Five hundred generated networks through prune and verify: never wrong, never pruned too much."""
 
 from __future__ import annotations
 

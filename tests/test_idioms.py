@@ -1,10 +1,10 @@
-"""Every idiom is narrowed to the widths it must get, and computes what its silenced original does."""
+"""Every idiom gets the widths it must get, and computes what its silenced original does."""
 
 from __future__ import annotations
 
 import copy
 import pickle
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import pytest
@@ -38,7 +38,7 @@ def compiled(name: str) -> tuple[nn.Module, fx.GraphModule]:
     return original, copy.deepcopy(small)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _compiled(name: str) -> tuple[nn.Module, fx.GraphModule]:
     idiom = IDIOMS[name]
     torch.manual_seed(0)
@@ -92,7 +92,9 @@ def test_equals_silenced_original(name: str) -> None:
         full = call(copy.deepcopy(original).double(), inputs)
         assert_close(call(small.double(), inputs), expected)
     narrowed = any(row.after < row.before for row in small.report.spaces)
-    differs = any(not torch.equal(a, b) for a, b in zip(leaves(full), leaves(expected), strict=True))
+    differs = any(
+        not torch.equal(a, b) for a, b in zip(leaves(full), leaves(expected), strict=True)
+    )
     assert differs == narrowed
 
 

@@ -49,7 +49,10 @@ CASES: dict[str, Case] = {
     "GroupNorm": flat(lambda: nn.GroupNorm(2, 8), nudge=False),
     "SyncBatchNorm": image(lambda: nn.SyncBatchNorm(8)),
     "LocalResponseNorm": image(
-        lambda: nn.LocalResponseNorm(3), nudge=False, narrowed=False, why="mixes neighbouring channels"
+        lambda: nn.LocalResponseNorm(3),
+        nudge=False,
+        narrowed=False,
+        why="mixes neighbouring channels",
     ),
     "PReLU": flat(lambda: nn.PReLU(8)),
     "Embedding": Case(
@@ -132,7 +135,13 @@ def test_attributes_follow(name: str) -> None:
     layer, old = small.get_submodule("layer"), net.get_submodule("layer")
     expected = {
         field: width // 2 if CASES[name].narrowed else width
-        for field in ("in_features", "in_channels", "num_features", "num_channels", "num_parameters")
+        for field in (
+            "in_features",
+            "in_channels",
+            "num_features",
+            "num_channels",
+            "num_parameters",
+        )
         if isinstance(width := getattr(old, field, None), int)
     }
     assert {field: getattr(layer, field) for field in expected} == expected

@@ -100,7 +100,9 @@ def test_lengths_one_level_up(tied: tuple[int, ...], expected: list[list[int]]) 
     for axis in tied:
         relations.unify(rows, rows.take([0], axis=axis))
     channels = relations.solve()
-    assert [channels.of[row].tolist() for row in (r for rs, _ in relations.rows for r in rs)] == expected
+    assert [
+        channels.of[row].tolist() for row in (r for rs, _ in relations.rows for r in rs)
+    ] == expected
 
 
 def test_solving_again_after_more_relations() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -44,12 +43,12 @@ DOMAINS: dict[str, Callable[[Tensor], Tensor]] = {
 UNARY = {
     "plain": """
         relu relu6 leaky_relu rrelu elu celu selu gelu silu mish hardswish tanh tanhshrink softsign
-        softshrink hardshrink abs absolute neg negative sin tan atan sinh asinh square erf floor ceil
-        round trunc sign sgn expm1 nan_to_num clone contiguous detach alias positive conj real
+        softshrink hardshrink abs absolute neg negative sin tan atan sinh asinh square erf floor
+        ceil round trunc sign sgn expm1 nan_to_num clone contiguous detach alias positive conj real
         resolve_conj double cpu deg2rad rad2deg sigmoid hardsigmoid exp exp2 cos cosh softplus
         logsigmoid log_sigmoid erfc isnan isinf isfinite logical_not pos arctan arcsinh fix
         dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout feature_alpha_dropout
-        zeros_like ones_like erfinv_of_unit heaviside_of_plain
+        zeros_like ones_like
     """,
     "unit": "asin acos arcsin arccos atanh arctanh log1p erfinv",
     "inside": "log log2 log10 rsqrt reciprocal logit lgamma digamma",
@@ -61,9 +60,6 @@ CASES: dict[str, Case] = {
     for domain, names in UNARY.items()
     for name in names.split()
 }
-QUIET = {"training": False}
-for _name in ("rrelu", "alpha_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d"):
-    CASES[_name] = Case(lambda op, x, y, m: op(x, **QUIET) if op not in SHORT else op(x, 0.5, False))
 for _name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"):
     CASES[_name] = Case(lambda op, x, y, m: op(x, 0.5, False))
 CASES["rrelu"] = Case(lambda op, x, y, m: op(x, 0.1, 0.3, False))
@@ -72,14 +68,15 @@ for _name in ("dropout1d", "dropout2d", "dropout3d"):
 CASES["dropout2d"] = Case(lambda op, x, y, m: op(x, 0.5, False), image=True)
 CASES["dropout3d"] = Case(lambda op, x, y, m: op(x[:, :, None], 0.5, False), image=True)
 
-SHORT: tuple[Any, ...] = ()
 BINARY = """
     add sub subtract maximum minimum fmax fmin logaddexp mul multiply
     eq ne lt le gt ge less greater less_equal greater_equal not_equal isclose rsub
     logical_and logical_or logical_xor iadd isub imul
 """
 CASES |= {name: Case(lambda op, x, y, m: op(x, y)) for name in BINARY.split()}
-DIVISIONS = "div divide true_divide floor_divide fmod remainder atan2 arctan2 truediv itruediv floordiv mod"
+DIVISIONS = (
+    "div divide true_divide floor_divide fmod remainder atan2 arctan2 truediv itruediv floordiv mod"
+)
 CASES |= {name: Case(lambda op, x, y, m: op(x, 1.5 + y.sigmoid())) for name in DIVISIONS.split()}
 POWERS = "pow ipow"
 CASES |= {name: Case(lambda op, x, y, m: op(1.5 + x.sigmoid(), y)) for name in POWERS.split()}
@@ -176,7 +173,9 @@ def convolved(dims: int, transposed: bool) -> Case:
     kernel = {1: (1,), 2: (2, 2), 3: (1, 2, 2)}[dims]
     shapes = ((8, 6), (6, 2)) if transposed else ((6, 8), (4, 3))
     w, u = (partial(lambda s: nn.Parameter(torch.zeros(*s, *kernel)), s) for s in shapes)
-    return mixing(use, image=True, members={"w": w, "v": lambda: nn.Parameter(torch.zeros(6)), "u": u})
+    return mixing(
+        use, image=True, members={"w": w, "v": lambda: nn.Parameter(torch.zeros(6)), "u": u}
+    )
 
 
 CASES |= {f"conv{k}d": convolved(k, False) for k in (1, 2, 3)}
@@ -271,7 +270,9 @@ CASES |= {
     "linspace": frozen(lambda op, x, y, m: x + op(0, 1, 8), FIXED),
     "logspace": frozen(lambda op, x, y, m: x + op(0, 1, 8), FIXED),
     "eye": frozen(lambda op, x, y, m: x[:, None] * op(8), FIXED),
-    "meshgrid": frozen(lambda op, x, y, m: x[:, None] + op([torch.arange(8)] * 2, indexing="ij")[0], FIXED),
+    "meshgrid": frozen(
+        lambda op, x, y, m: x[:, None] + op([torch.arange(8)] * 2, indexing="ij")[0], FIXED
+    ),
     "randperm": frozen(lambda op, x, y, m: x + 0 * op(8), FIXED),
     "rand": frozen(lambda op, x, y, m: x + 0 * op(8), FIXED),
     "randn": frozen(lambda op, x, y, m: x + 0 * op(8), FIXED),
@@ -285,22 +286,28 @@ CASES |= {name: mixing(lambda op, x, y, m: y + 0 * op(x.sigmoid())) for name in 
 STATISTICS = {"masked": False}
 CASES |= {
     "batch_norm": each(
-        lambda op, x, y, m: op(x, m.w, m.w, m.mean, m.running_var, False, 0.1, 1e-5, False)
-        if op is torch.batch_norm
-        else op(x, m.mean, m.running_var, m.w, m.w),
+        lambda op, x, y, m: (
+            op(x, m.w, m.w, m.mean, m.running_var, False, 0.1, 1e-5, False)
+            if op is torch.batch_norm
+            else op(x, m.mean, m.running_var, m.w, m.w)
+        ),
         members={**VECTOR, "mean": lambda: torch.zeros(8), "running_var": lambda: torch.ones(8)},
     ),
     "instance_norm": mixing(
-        lambda op, x, y, m: op(x, None, None, m.w, m.w, True, 0.1, 1e-5, False)
-        if op is torch.instance_norm
-        else op(x, weight=m.w),
+        lambda op, x, y, m: (
+            op(x, None, None, m.w, m.w, True, 0.1, 1e-5, False)
+            if op is torch.instance_norm
+            else op(x, weight=m.w)
+        ),
         members=VECTOR,
         image=True,
     ),
     "layer_norm": mixing(lambda op, x, y, m: op(x, (8,), m.w, m.w), members=VECTOR, **STATISTICS),
     "rms_norm": mixing(lambda op, x, y, m: op(x, (8,), m.w), members=VECTOR, **STATISTICS),
     "group_norm": mixing(lambda op, x, y, m: op(x, 2, m.w, m.w), members=VECTOR, **STATISTICS),
-    "local_response_norm": frozen(lambda op, x, y, m: op(x, 3), "mixes neighbouring channels", image=True),
+    "local_response_norm": frozen(
+        lambda op, x, y, m: op(x, 3), "mixes neighbouring channels", image=True
+    ),
     "normalize": mixing(lambda op, x, y, m: op(x, dim=1)),
     "cosine_similarity": mixing(lambda op, x, y, m: op(x, y)[:, None]),
     "weight_norm": mixing(
@@ -315,7 +322,8 @@ for _name in ("sum", "norm", "vector_norm", "count_nonzero", "nansum"):
     CASES[_name] = mixing(lambda op, x, y, m: op(x, dim=1)[:, None], **STATISTICS)
 for _name in ("mean", "var", "std", "amax", "amin", "max", "min", "var_mean", "std_mean"):
     CASES[_name] = mixing(
-        lambda op, x, y, m: [t[:, None] for t in tupled(op(x, dim=1)) if t.is_floating_point()], **STATISTICS
+        lambda op, x, y, m: [t[:, None] for t in tupled(op(x, dim=1)) if t.is_floating_point()],
+        **STATISTICS,
     )
 for _name in ("softmax", "log_softmax", "softmin", "cumsum", "cumprod", "logcumsumexp", "diff"):
     CASES[_name] = frozen(lambda op, x, y, m: op(x, dim=1), "mixes along it")
@@ -328,7 +336,9 @@ CASES |= {
     "kthvalue": frozen(lambda op, x, y, m: [t[:, None] for t in op(x, 3, dim=1)], ""),
 }
 for _name in ("argmax", "argmin", "logsumexp", "prod", "all", "any", "median", "mode"):
-    CASES[_name] = frozen(lambda op, x, y, m: [t[:, None] for t in tupled(op(x, dim=1))], "reduces it")
+    CASES[_name] = frozen(
+        lambda op, x, y, m: [t[:, None] for t in tupled(op(x, dim=1))], "reduces it"
+    )
 CASES["quantile"] = frozen(lambda op, x, y, m: op(x, 0.3, dim=1)[:, None], "")
 
 
@@ -352,14 +362,10 @@ for _k in (1, 2, 3):
         CASES[f"{_name}{_k}d"] = pooled(_k, 2)
         CASES[f"{_name}{_k}d_with_indices"] = pooled(_k, 2)
     CASES[f"lp_pool{_k}d"] = pooled(_k, 2.0, 2)
-for _k in (2, 3):
-    for _name in (f"fractional_max_pool{_k}d", f"fractional_max_pool{_k}d_with_indices"):
-        CASES[_name] = Case(
-            lambda op, x, y, m: x + 0 * op(x.repeat(1, 1, 2, 2), 2, 4)
-            if "2d" in op.__name__
-            else x + 0 * op(x[:, :, None].repeat(1, 1, 8, 2, 2), 2, 4)[:, :, 0],
-            image=True,
-        )
+for _name in ("fractional_max_pool2d", "fractional_max_pool2d_with_indices"):
+    CASES[_name] = Case(
+        lambda op, x, y, m: x + 0 * tupled(op(x.repeat(1, 1, 2, 2), 2, 4))[0], image=True
+    )
 CASES |= {
     "interpolate": each(lambda op, x, y, m: op(x, scale_factor=2.0), image=True),
     "upsample": each(lambda op, x, y, m: op(x, scale_factor=2.0), image=True),
@@ -370,9 +376,7 @@ CASES |= {
         image=True,
         members={"w": lambda: torch.zeros(1, 1, 1, 2)},
     ),
-    "unfold": each(
-        lambda op, x, y, m: op(x, 2) if op is F.unfold else op(x, 2, 2, 1), image=True
-    ),
+    "unfold": each(lambda op, x, y, m: op(x, 2) if op is F.unfold else op(x, 2, 2, 1), image=True),
     "fold": each(lambda op, x, y, m: op(F.unfold(x, 2), (4, 4), 2), image=True),
 }
 
@@ -386,6 +390,9 @@ UNREACHED = {
     "as_tensor": lambda rule, call, t: rule(call),
     "cuda": lambda rule, call, t: rule(call, t),
     "requires_grad": lambda rule, call, t: rule(call, t),
+    # They fix the batch size, so that capture refuses them.
+    "fractional_max_pool3d": lambda rule, call, t: rule(call, t),
+    "fractional_max_pool3d_with_indices": lambda rule, call, t: rule(call, t),
 }
 
 
@@ -431,7 +438,7 @@ def test_rule(name: str) -> None:
     key = KEYS[name]
     case = CASES[name_of(key)]
     if key in RESHAPED_IN_PLACE:
-        case = replace(case, narrowed=False, nudge=False, why="has a form without a rule")
+        case = replace(case, narrowed=False, nudge=False, why="without a rule")
     check(case, spelled(key), key)
 
 
@@ -439,9 +446,10 @@ def test_rule(name: str) -> None:
 def test_rules_that_no_graph_reaches(name: str) -> None:
     """Called by hand: constants are fixed, all else passes its channels."""
     relations = Relations()
-    t = TensorType((13, 8), (Block((1,), relations.fresh(8)),))
+    shape = (13, 8, 4, 4, 4)
+    t = TensorType(shape, (Block((1,), relations.fresh(8)),))
     for key, rule in RULES.items():
         if name_of(key) == name:
-            out = UNREACHED[name](rule, Call(relations, name, torch.Size((13, 8))), t)
-            assert out.shape == (13, 8)
+            out = UNREACHED[name](rule, Call(relations, name, torch.Size(shape)), t)
+            assert out.shape == shape
             assert out.blocks == (() if name in ("tensor", "as_tensor") else t.blocks)

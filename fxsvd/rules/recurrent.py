@@ -11,7 +11,7 @@ import torch
 
 from fxsvd.axes import Block, TensorType, take
 from fxsvd.rules.contraction import LETTERS
-from fxsvd.rules.movement import concatenate
+from fxsvd.rules.joining import concatenate
 from fxsvd.rules.registry import Call, rule
 
 

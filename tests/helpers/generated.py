@@ -50,7 +50,9 @@ def norm(c: int, a: int, b: int) -> Block:
 
 
 def residual(c: int, a: int, b: int) -> Block:
-    inner = nn.Sequential(conv(c, 4 + 2 * a), nn.BatchNorm2d(4 + 2 * a), nn.ReLU(), conv(4 + 2 * a, c, 1))
+    inner = nn.Sequential(
+        conv(c, 4 + 2 * a), nn.BatchNorm2d(4 + 2 * a), nn.ReLU(), conv(4 + 2 * a, c, 1)
+    )
     if b == 0:
         return Net(lambda m, x: (x + m.inner(x)).relu(), inner=inner), c
     gamma = nn.Parameter(torch.zeros(c))
@@ -181,8 +183,27 @@ def resized(c: int, a: int, b: int) -> Block:
     return Net(run, deep=conv(c, 3 + a)), 3 + a + (c if b % 2 else 0)
 
 
-CONVOLUTIONAL: tuple[Maker, ...] = (plain, grouped, depthwise, norm, residual, projected, shared, gate)
-MOVING: tuple[Maker, ...] = (plain, joined, split, shuffled, moved, padded, sliced, multi_branch, gated)
+CONVOLUTIONAL: tuple[Maker, ...] = (
+    plain,
+    grouped,
+    depthwise,
+    norm,
+    residual,
+    projected,
+    shared,
+    gate,
+)
+MOVING: tuple[Maker, ...] = (
+    plain,
+    joined,
+    split,
+    shuffled,
+    moved,
+    padded,
+    sliced,
+    multi_branch,
+    gated,
+)
 ATTENTIVE: tuple[Maker, ...] = (attention, attention_by_hand, norm, residual, joined, gated, plain)
 ANY: tuple[Maker, ...] = tuple(dict.fromkeys((*CONVOLUTIONAL, *MOVING, *ATTENTIVE, resized)))
 
@@ -204,7 +225,9 @@ def networks(draw: Any, makers: Sequence[Maker]) -> nn.Module:
     """A stem, two to five blocks and a head, for inputs ``[B, 3, 4, 4]``."""
     small = st.integers(0, 2)
     width = draw(st.sampled_from([4, 6, 8, 12]))
-    chosen = draw(st.lists(st.tuples(st.sampled_from(makers), small, small), min_size=2, max_size=5))
+    chosen = draw(
+        st.lists(st.tuples(st.sampled_from(makers), small, small), min_size=2, max_size=5)
+    )
     blocks: list[nn.Module] = [conv(3, width)]
     for make, a, b in chosen:
         block, width = make(width, a, b) if width > 1 else plain(width, a, b)

@@ -42,7 +42,7 @@ class Case:
             statistics).
         image: whether ``x`` and ``y`` are ``[B, 8, 4, 4]`` instead of ``[B, 8]``.
         members: further layers and parameters for ``use``.
-        masked: whether the original class, silenced, computes the same (no statistics as functions).
+        masked: whether the original class, silenced, computes the same (no statistics).
     """
 
     use: Use
@@ -119,7 +119,9 @@ def elsewhere(net: nn.Module, small: fx.GraphModule, case: Case) -> None:
 
 def called(node: fx.Node, target: Any, graph: fx.GraphModule) -> bool:
     if isinstance(target, type):
-        return node.op == "call_module" and isinstance(graph.get_submodule(str(node.target)), target)
+        return node.op == "call_module" and isinstance(
+            graph.get_submodule(str(node.target)), target
+        )
     return node.op in ("call_function", "call_method") and RULES.get(node.target) is RULES[target]
 
 

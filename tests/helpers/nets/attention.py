@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.helpers.nets.base import OUTPUT, SEQUENCE, Net, floats, idiom, several
+from tests.helpers.nets.base import SEQUENCE, Net, floats, idiom, several
 from tests.helpers.nets.layers import OUT
 
 HEADS, WIDTH = 2, 8

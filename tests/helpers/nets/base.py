@@ -1,4 +1,4 @@
-"""How an idiom is written down: a small network, its inputs, and the widths that pruning by half must give."""
+"""How an idiom is written down: a small network, its inputs, and its widths when pruned by half."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ VECTOR = floats(7)
 
 
 def randomized(model: nn.Module) -> nn.Module:
-    """The model with seeded noise in every parameter and buffer: nothing is zero or one by chance."""
+    """The model with seeded noise in every parameter and buffer: none is zero or one by chance."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
