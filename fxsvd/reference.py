@@ -115,11 +115,7 @@ def _divisors(deps: Dependencies) -> dict[int, list[int]]:
 def _carries_zero(node: fx.Node) -> bool:
     """Whether a node makes zeros of its one input's zeros (``x + eps`` does not)."""
     rule = RULES.get(node.target)
-    moves = getattr(rule, "__module__", "") in (
-        movement.__name__,
-        joining.__name__,
-        indexing.__name__,
-    )
+    moves = getattr(rule, "__module__", "") in MOVEMENTS
     keeps = rule in (elementwise.keeps_zero, elementwise.power, reduction.total)
     return len(node.all_input_nodes) == 1 and (moves or keeps)
 
