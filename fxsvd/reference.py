@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from fxsvd.analysis import Parameter
 from fxsvd.axes import TensorType
 from fxsvd.capture import BATCH_HINT
+from fxsvd.constants import MOVEMENTS
 from fxsvd.dependency import Dependencies
 from fxsvd.narrowing import Narrowing
 from fxsvd.nests import attribute
