@@ -62,7 +62,7 @@ def timm_names(pattern: str = "*", progress: Callable[[str], None] | None = None
         if any(matches(f"timm:{name}", pattern) for name in variants):
             if progress is not None:
                 progress(f"the smallest variant in timm/models/{file}.py")
-            smallest = min(variants, key=lambda name: (_parameters(name), name))
+            smallest = min(variants, key=lambda name: (_parameters(name), len(name), name))
             yield f"timm:{smallest}"
 
 
