@@ -116,9 +116,7 @@ def test_model_and_inputs_on_different_devices() -> None:
     """A GPU that needs no GPU: fake parameters say that they are on one."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         net = nn.Linear(4, 4, device="cuda")
-    with pytest.raises(
-        CaptureError, match="are on cpu and the model is on cuda:0: move one"
-    ):
+    with pytest.raises(CaptureError, match="are on cpu and the model is on cuda:0: move one"):
         fxsvd.compile(net, torch.randn(2, 4), passes=HALF)
 
 
