@@ -90,9 +90,16 @@ def _merge(rows: dict[int, set[int]]) -> dict[int, set[int]]:
 
 
 def _whole(deps: Dependencies, head: Atoms) -> bool:
-    """Whether every row that must stay as long as others goes whole, or not at all."""
-    gone = np.zeros(deps.channels.count, dtype=bool)
+    """Whether every row that must stay as long as others goes whole, or not at all.
+
+    A row whose number is frozen (a group of a convolution, say) must not go whole.
+    """
+    gone, frozen = np.zeros((2, deps.channels.count), dtype=bool)
     gone[head] = True
+    frozen[list(deps.channels.reasons)] = True
+    for parents, children in deps.analysis.relations.nests:
+        if (frozen[deps.channels.of[parents]] & gone[deps.channels.of[children]].all(axis=1)).any():
+            return False
     for rows, _ in deps.analysis.relations.rows:
         for row in rows:
             hit = gone[deps.channels.of[row]]

@@ -10,6 +10,10 @@ from fxsvd.layers import LAYERS
 from fxsvd.rules import LITERALS, RULES
 
 
+# Not tests: imported by them, once, under their own names.
+collect_ignore_glob = ["helpers/*", "zoo/models.py", "zoo/sweep.py"]
+
+
 @pytest.fixture
 def own_tables() -> Iterator[None]:
     """Rules and layer rows that a test registers do not reach other tests."""

@@ -165,6 +165,33 @@ def test_compiles(name: str) -> None:
         assert_close(call(torch.compile(small, backend="eager"), inputs), call(small, inputs), 1e-6)
 
 
+HEADS = [n for n, i in IDIOMS.items() if i.build.__module__.endswith("nets.attention")]
+GROUPS = ["grouped_convolution", "resnext_block", "group_norm_per_channel_pair", "gru_both_ways"]
+
+
+@pytest.mark.parametrize("name", [*HEADS, *GROUPS])
+def test_whole_heads(name: str) -> None:
+    """Verified, and never more than asked for; what is no head is narrowed as always."""
+    original, _ = compiled(name)
+    heads = fxsvd.compile(original, IDIOMS[name].inputs(2), passes=[Prune(0.5, heads=True)])
+    widths = {row.name: (row.before, row.after) for row in heads.report.spaces}
+    expected = {k: (w, w if isinstance(a, str) else a) for k, (w, a) in IDIOMS[name].widths.items()}
+    assert widths.keys() == expected.keys()
+    assert all(widths[k][1] >= expected[k][1] for k in widths)
+    inputs = IDIOMS[name].inputs(3)
+    assert [t.shape for t in leaves(call(heads, inputs))] == [
+        t.shape for t in leaves(call(original, inputs))
+    ]
+
+
+@pytest.mark.parametrize("name", ["attention_by_hand", "attention_fused", "packed_qkv_as_in_timm"])
+def test_a_head_goes_with_all_its_features(name: str) -> None:
+    original, _ = compiled(name)
+    small = fxsvd.compile(original, IDIOMS[name].inputs(2), passes=[Prune(0.5, heads=True)])
+    kept = [edit.keep for edit in small.report.plan.edits if edit.space != "a"]
+    assert kept in ([(0, 1, 2, 3)] * 2, [(4, 5, 6, 7)] * 2)
+
+
 def test_narrowing_twice() -> None:
     """The result of a compilation is a network like any other."""
     original, small = compiled("residual_network")
