@@ -9,7 +9,6 @@ import pytest
 from fxsvd.layers import LAYERS
 from fxsvd.rules import LITERALS, RULES
 
-
 # Not tests: imported by them, once, under their own names.
 collect_ignore_glob = ["helpers/*", "zoo/models.py", "zoo/sweep.py"]
 
