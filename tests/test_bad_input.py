@@ -112,6 +112,10 @@ def test_a_model_that_cannot_be_captured() -> None:
         fxsvd.compile(net, torch.randn(2, 4), passes=HALF)
 
 
+@pytest.mark.skipif(
+    not torch.backends.cuda.is_built(),
+    reason="a CPU-only torch makes no cuda tensors, not even fakes",
+)
 def test_model_and_inputs_on_different_devices() -> None:
     """A GPU that needs no GPU: fake parameters say that they are on one."""
     with FakeTensorMode(allow_non_fake_inputs=True):
