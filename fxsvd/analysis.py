@@ -133,14 +133,7 @@ class Analysis:
         args, kwargs = self._resolve(node.args), self._resolve(node.kwargs)
         try:
             out = self._dispatch(call, node, args, kwargs)
-        except (
-            TypeError,
-            ValueError,
-            IndexError,
-            KeyError,
-            AssertionError,
-            NotImplementedError,
-        ) as e:
+        except UNFIT as e:
             return self._give_up(call, node, (args, kwargs), f"has a form without a rule ({e})")
         if not _writes(node) and shapes_of_types(out) != plain(call.out):
             return self._give_up(call, node, (args, kwargs, out), "has a form without a rule")

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from fxsvd.layers import layer_of
 from fxsvd.nests import attribute
 from fxsvd.rules import RULES, elementwise, indexing, joining, movement, spatial
+from fxsvd.running import is_random
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORMS = nn.modules.batchnorm._BatchNorm
@@ -86,8 +87,8 @@ class _Propagation(fx.Interpreter):
             return _affine(module, x)
         if isinstance(module, BATCH_NORMS):
             return _batch_norm(module, x)
-        if "Drop" in type(module).__name__:
-            return Known(x.value, x.unknown + (x.value != 0))
+        if is_random(type(module).__name__):
+            return _dropped(x)
         layer = layer_of(module)
         return _carry(RULES[layer.op], module, args, {}) if layer else None
 
@@ -101,6 +102,8 @@ class _Propagation(fx.Interpreter):
 
 def _carry(rule: Any, apply: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """An op of a family whose unknowns can be told; None for any other."""
+    if is_random(getattr(apply, "__name__", "")):
+        return _dropped(args[0]) if isinstance(args[0], Known) else None
     if rule in (elementwise.keeps_zero, elementwise.moves_zero):
         return _pointwise(apply, args, kwargs)
     if rule in (elementwise.add, elementwise.mul):
@@ -110,6 +113,11 @@ def _carry(rule: Any, apply: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     if rule.__module__ == spatial.__name__ and rule is not spatial.grid_sample:
         return _both(apply, args, kwargs)
     return None
+
+
+def _dropped(x: Known) -> Known:
+    """In train mode only zeros are certain to stay what they are."""
+    return Known(x.value, x.unknown + (x.value != 0))
 
 
 def _pointwise(apply: Callable[..., Any], args: Any, kwargs: Any) -> Known | None:

@@ -203,7 +203,7 @@ def _fit(mask: Tensor, shape: torch.Size) -> Tensor:
     for dim, (have, want) in enumerate(zip(mask.shape, shape, strict=True)):
         if have not in (1, want):
             one = mask.narrow(dim, 0, have // BATCH_HINT)
-            mask = one.repeat_interleave(1, dim).repeat(
+            mask = one.repeat(
                 *(want // one.shape[dim] if d == dim else 1 for d in range(mask.dim()))
             )
     return mask

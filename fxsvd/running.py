@@ -57,13 +57,18 @@ def _double_type(value: Any) -> Any:
     return torch.float64 if value in (torch.float32, torch.float16, torch.bfloat16) else value
 
 
+def is_random(name: str) -> bool:
+    """Whether a layer or function of that name is random in train mode."""
+    return "drop" in name.lower() or "stochastic" in name.lower()
+
+
 @contextmanager
 def deterministic(graph: nn.Module, training: bool) -> Iterator[None]:
     """The mode, with everything random switched off."""
     before = {m: m.training for m in graph.modules()}
     graph.train(training)
     for module in graph.modules():
-        random = "Drop" in type(module).__name__ or "Stochastic" in type(module).__name__
+        random = is_random(type(module).__name__)
         rates = isinstance(module, nn.RNNBase | nn.MultiheadAttention) and module.dropout > 0
         if random or rates or isinstance(module, Switch):
             module.training = False

@@ -76,6 +76,23 @@ def test_constants_are_found_per_feature():
     assert found["2"][2] == 0.5
 
 
+class Dropping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.last(nn.functional.dropout(self.first(x), 0.5, self.training))
+
+
+def test_a_constant_behind_a_functional_dropout_is_none_in_train_mode():
+    net = Dropping()
+    with torch.no_grad():
+        net.first.weight[:2], net.first.bias[0], net.first.bias[1] = 0, 0.5, 0
+    found = constant_inputs(capture(net, torch.zeros(2, 3)))
+    assert found["last"].isnan().tolist() == [True, False, True, True]
+
+
 def test_a_dead_plan_survives_json():
     net, x = network(), torch.randn(2, 3, 12, 12)
     channel(net, 6, 0, 0, 0.3)
