@@ -11,12 +11,14 @@ from torch import fx, nn
 
 from fxsvd import cost
 from fxsvd import verify as validation
+from fxsvd.batches import Data
 from fxsvd.capture import capture, normalize_inputs
 from fxsvd.dependency import Dependencies, analyze
 from fxsvd.edits import Plan, chain, describe_inputs, make_inputs
 from fxsvd.errors import PlanError
+from fxsvd.measure import Site, measured, output_error
 from fxsvd.naming import Name
-from fxsvd.progress import Say, sayer
+from fxsvd.progress import Say, quiet, sayer
 from fxsvd.report import Report, SpaceRow, layer_rows
 from fxsvd.rewrite import rewrite
 
@@ -24,8 +26,14 @@ from fxsvd.rewrite import rewrite
 class Pass(Protocol):
     """A frozen dataclass of options that proposes a plan."""
 
-    def propose(self, deps: Dependencies) -> Plan:
-        """Which channels every space keeps."""
+    def propose(self, deps: Dependencies, data: Data = None, say: Say = quiet) -> Plan:
+        """What to do to a network, given batches of data where there are any.
+
+        Args:
+            deps: what ``fxsvd.analyze`` found.
+            data: batches of inputs; may be read several times.
+            say: is told how far the pass is.
+        """
 
 
 def compile(
@@ -33,6 +41,7 @@ def compile(
     example_inputs: Any,
     *,
     passes: Sequence[Pass],
+    data: Data = None,
     ignore: Sequence[Name] = (),
     round_to: int = 1,
     verify: bool = True,
@@ -44,6 +53,8 @@ def compile(
         model: any module; it is not changed.
         example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments.
         passes: what to do, in order, such as ``[Prune(ratio=0.5)]``.
+        data: batches of inputs for the passes that calibrate, such as a ``DataLoader``; labels
+            behind the inputs are left out. It is read more than once: no generator.
         ignore: spaces that stay, for every pass: layer names, glob patterns or modules.
         round_to: widths become multiples of this, for every pass.
         verify: check the captured graph against the model and every rewrite against its original.
@@ -68,20 +79,27 @@ def compile(
     say("capturing")
     original = graph = capture(model, example_inputs, check=verify)
     stages, worst = [], None
+    sites: list[Site] = []
     first: Dependencies | None = None
     for options in _with_defaults(passes, ignore, round_to):
-        deps, stage = _propose(graph, options, say)
+        deps, stage = _propose(graph, options, data, say)
         say("rewriting")
         narrowed = rewrite(deps, stage)
         if verify:
             say("verifying")
             error = validation.verify_rewrite(deps, stage, narrowed, example_inputs)
             worst = max(worst or 0.0, error)
+        if data is not None and stage.estimates:
+            say("measuring errors")
+            sites += measured(deps, stage, narrowed, data)
         first, graph = first or deps, narrowed
         stages.append(stage)
     whole = replace(chain(stages), inputs=describe_inputs(normalize_inputs(example_inputs)))
     say("measuring")
-    graph.report = _report(original, graph, first, whole, worst)  # type: ignore[assignment]
+    change = None if data is None else output_error(original, graph, data)
+    graph.report = _report(  # type: ignore[assignment]
+        original, graph, first, plan=whole, error=worst, sites=tuple(sites), change=change
+    )
     return graph
 
 
@@ -90,6 +108,7 @@ def plan(
     example_inputs: Any = None,
     *,
     passes: Sequence[Pass],
+    data: Data = None,
     ignore: Sequence[Name] = (),
     round_to: int = 1,
 ) -> Plan:
@@ -99,6 +118,7 @@ def plan(
         model: a module, or a graph that ``capture`` returned (then without inputs).
         example_inputs: as for ``compile``.
         passes: as for ``compile``.
+        data: as for ``compile``.
         ignore: as for ``compile``.
         round_to: as for ``compile``.
 
@@ -115,7 +135,7 @@ def plan(
     for options in _with_defaults(passes, ignore, round_to):
         if stages:
             graph = rewrite(analyze(graph), stages[-1])
-        stages.append(_propose(graph, options, lambda line: None)[1])
+        stages.append(_propose(graph, options, data, quiet)[1])
     return replace(chain(stages), inputs=described)
 
 
@@ -175,29 +195,26 @@ def _with_defaults(passes: Sequence[Pass], ignore: Sequence[Name], round_to: int
     return out
 
 
-def _propose(graph: fx.GraphModule, options: Pass, say: Say) -> tuple[Dependencies, Plan]:
+def _propose(
+    graph: fx.GraphModule, options: Pass, data: Data, say: Say
+) -> tuple[Dependencies, Plan]:
     say("analysing")
     deps = analyze(graph)
     say(f"planning {type(options).__name__}")
-    return deps, options.propose(deps)
+    return deps, options.propose(deps, data, say)
 
 
 def _report(
-    before: fx.GraphModule,
-    after: fx.GraphModule,
-    deps: Dependencies | None,
-    whole: Plan,
-    error: float | None,
+    before: fx.GraphModule, after: fx.GraphModule, deps: Dependencies | None, **rest: Any
 ) -> Report:
     assert deps is not None  # there is at least one pass
     return Report(
-        cost.measure(before),
-        cost.measure(after),
-        _space_rows(deps, whole),
-        layer_rows(before, after),
-        whole,
-        error,
-        _notes(before, deps),
+        before=cost.measure(before),
+        after=cost.measure(after),
+        spaces=_space_rows(deps, rest["plan"]),
+        layers=layer_rows(before, after),
+        notes=_notes(before, deps),
+        **rest,
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fxsvd.analysis import Site
 from fxsvd.constants import CONVOLUTIONS, constant_inputs
 from fxsvd.dependency import Dependencies, layer_name
-from fxsvd.edits import Shift
+from fxsvd.edits import Assign
 from fxsvd.nests import flatten
 from fxsvd.rules import RULES, attention, contraction
 from fxsvd.rules.normalization import group_norm, layer_norm
@@ -36,7 +36,7 @@ class Dead:
     channels: Mask
     inputs: dict[str, Tensor]
 
-    def shifts(self, deps: Dependencies, gone: Mask) -> tuple[Shift, ...]:
+    def shifts(self, deps: Dependencies, gone: Mask) -> tuple[Assign, ...]:
         """What the biases of the readers take over from constant channels that go."""
         out = []
         for site in deps.analysis.sites:
@@ -50,11 +50,13 @@ class Dead:
         return tuple(out)
 
 
-def _shift(deps: Dependencies, site: Site, values: Tensor) -> Shift:
+def _shift(deps: Dependencies, site: Site, values: Tensor) -> Assign:
     layer = layer_name(site.tensor)
-    weight = deps.analysis.graph.get_parameter(f"{layer}.weight").detach().double().cpu()
-    delta = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
-    return Shift(f"{layer}.bias", tuple((delta @ values).tolist()))
+    graph = deps.analysis.graph
+    weight = graph.get_parameter(f"{layer}.weight").detach().double().cpu()
+    bias = graph.get_parameter(f"{layer}.bias").detach().double().cpu()
+    total = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
+    return Assign(f"{layer}.bias", bias + total @ values, "takes over constant channels")
 
 
 def dead_channels(deps: Dependencies) -> Dead:

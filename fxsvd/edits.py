@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fxsvd.errors import PlanError
 
@@ -31,21 +33,84 @@ class Remap:
         return f"{self.space}: {self.width} -> {len(self.keep)}"
 
 
-@dataclass(frozen=True)
-class Shift:
-    """A bias takes over what a constant channel contributed before it went.
+@dataclass(frozen=True, eq=False)
+class Assign:
+    """A parameter gets new numbers: a refit, or a bias that takes over a constant channel.
 
     Attributes:
-        parameter: the bias's name.
-        values: what is added, in the original width.
+        parameter: its name; ``LAYER.bias`` of a linear layer or convolution without one adds it.
+        value: the numbers, in the shape that the parameter has before anything is narrowed.
+        why: what they are.
     """
 
     parameter: str
-    values: tuple[float, ...]
+    value: Tensor
+    why: str
 
     def __str__(self) -> str:
         """``fc.bias: takes over constant channels``."""
-        return f"{self.parameter}: takes over constant channels"
+        return f"{self.parameter}: {self.why}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Assign) and _same(vars(self), vars(other))
+
+    def __hash__(self) -> int:
+        return hash((self.parameter, self.why))
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A layer as data.
+
+    Attributes:
+        kind: its class in ``torch.nn``: ``Linear``, ``Conv1d``, ``Conv2d`` or ``Conv3d``.
+        options: the arguments of its constructor.
+        tensors: its parameters by name.
+    """
+
+    kind: str
+    options: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Part) and _same(vars(self), vars(other))
+
+    def __hash__(self) -> int:
+        return hash((self.kind, *self.tensors))
+
+
+@dataclass(frozen=True)
+class Substitute:
+    """A layer is replaced by others, one after the other; by none, it goes.
+
+    Attributes:
+        layer: its path.
+        parts: what takes its place.
+        why: what was done, in words.
+    """
+
+    layer: str
+    parts: tuple[Part, ...]
+    why: str
+
+    def __str__(self) -> str:
+        """``fc1: factorized to rank 24``."""
+        return f"{self.layer}: {self.why}"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What an edit is expected to cost: the variance of a layer's output that it loses.
+
+    Attributes:
+        layer: the layer whose output it changes.
+        edit: what is done: ``select``, ``rotate``, ``factorize``.
+        error: E‖y − ŷ‖² / E‖y − E y‖² over the data that the edit was fitted to.
+    """
+
+    layer: str
+    edit: str
+    error: float
 
 
 @dataclass(frozen=True)
@@ -70,7 +135,10 @@ class Plan:
         skips: spaces that stay, with the reason.
         inputs: shapes and types of the example inputs, to capture the model again.
         then: a further plan for the result of this one.
-        shifts: biases that take over the contribution of constant channels.
+        values: parameters that get new numbers.
+        substitutes: layers that are replaced.
+        estimates: what the edits are expected to cost.
+        exact: the result computes what the original does, in eval mode.
 
     >>> plan = Plan((Remap("conv1", 4, (0, 2)),))
     >>> print(plan)
@@ -83,16 +151,20 @@ class Plan:
     skips: tuple[Skip, ...] = ()
     inputs: Any = field(default=None, compare=False)
     then: Plan | None = None
-    shifts: tuple[Shift, ...] = ()
+    values: tuple[Assign, ...] = ()
+    substitutes: tuple[Substitute, ...] = ()
+    estimates: tuple[Estimate, ...] = ()
+    exact: bool = False
 
     def __str__(self) -> str:
         """One line per edit and per skip."""
-        lines = [str(item) for item in (*self.edits, *self.shifts, *self.skips)]
+        items = (*self.edits, *self.substitutes, *self.values, *self.skips)
+        lines = [str(item) for item in items]
         return "\n".join([*lines, *([f"then:\n{self.then}"] if self.then else [])])
 
     def to_json(self) -> str:
         """The plan as JSON text."""
-        return json.dumps(asdict(self), indent=1)
+        return json.dumps(asdict(self), indent=1, default=_encoded)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -102,7 +174,7 @@ class Plan:
             PlanError: the text is no plan.
         """
         try:
-            return _plan(json.loads(text))
+            return _plan(json.loads(text, object_hook=_decoded))
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"this is no plan written by Plan.to_json ({error})") from error
 
@@ -113,8 +185,41 @@ def _plan(data: dict[str, Any]) -> Plan:
         tuple(Skip(**s) for s in data["skips"]),
         data["inputs"],
         _plan(data["then"]) if data["then"] else None,
-        tuple(Shift(s["parameter"], tuple(s["values"])) for s in data["shifts"]),
+        tuple(Assign(**v) for v in data["values"]),
+        tuple(
+            Substitute(s["layer"], tuple(Part(**p) for p in s["parts"]), s["why"])
+            for s in data["substitutes"]
+        ),
+        tuple(Estimate(**e) for e in data["estimates"]),
+        data["exact"],
     )
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two nests of tensors and plain values are equal, bit by bit."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    return bool(a == b)
+
+
+def _encoded(value: Any) -> Any:
+    """A tensor as text: its bytes in base64."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{type(value).__name__} cannot be part of a plan")
+    numbers = value.detach().cpu().contiguous()
+    text = base64.b64encode(numbers.numpy().tobytes()).decode("ascii")
+    return {"base64": text, "dtype": str(numbers.dtype)[6:], "shape": list(numbers.shape)}
+
+
+def _decoded(data: dict[str, Any]) -> Any:
+    if "base64" not in data:
+        return data
+    dtype = getattr(torch, data["dtype"])
+    numbers = bytearray(base64.b64decode(data["base64"]))
+    flat = torch.frombuffer(numbers, dtype=dtype) if numbers else torch.empty(0, dtype=dtype)
+    return flat.reshape(data["shape"])
 
 
 def chain(plans: Iterable[Plan]) -> Plan:
@@ -129,7 +234,7 @@ def describe_inputs(value: Any) -> Any:
     >>> describe_inputs((torch.zeros(2, 3), 5))
     {'tuple': [{'tensor': [2, 3], 'dtype': 'float32'}, {'value': 5}]}
     """
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
     if isinstance(value, dict):
         return {"dict": {k: describe_inputs(v) for k, v in value.items()}}

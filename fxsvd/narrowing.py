@@ -8,6 +8,7 @@ from difflib import get_close_matches
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from fxsvd.analysis import Parameter
 from fxsvd.axes import Block, Shape, TensorType
@@ -20,10 +21,17 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, eq=False)
 class Narrowing:
-    """The atoms that stay, and what is added to some biases (in their full width)."""
+    """The atoms that stay, and the parameters that get new numbers (in their full shape).
+
+    Attributes:
+        atoms: which atoms stay.
+        values: new numbers by the parameter's first name.
+        biases: by layer, the bias that it gets, and which of its outputs stay.
+    """
 
     atoms: Mask
-    shifts: dict[str, torch.Tensor] = field(default_factory=dict)
+    values: dict[str, torch.Tensor] = field(default_factory=dict)
+    biases: dict[str, tuple[torch.Tensor, Mask]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, deps: Dependencies, plan: Plan) -> Narrowing:
@@ -42,7 +50,24 @@ class Narrowing:
             channels[space.channels[gone]] = False
         if not channels.all():
             _drop_empty_rows(channels, deps)
-        return cls(channels[deps.channels.of], _shifts(deps, plan))
+        return cls(channels[deps.channels.of]).assigning(
+            deps, {v.parameter: v.value for v in plan.values}
+        )
+
+    def assigning(self, deps: Dependencies, values: dict[str, torch.Tensor]) -> Narrowing:
+        """The same, with further parameters that get new numbers.
+
+        Raises:
+            PlanError: the network has no such parameter, or another shape of it.
+        """
+        known = {p.names[0]: p for p in deps.analysis.parameters.values()}
+        new = {name: value for name, value in values.items() if name not in known}
+        for name, value in values.items():
+            if name in known and known[name].value.shape != value.shape:
+                raise PlanError(_misfit(name, value, known[name].value.shape))
+        biases = dict(_bias(self, deps, name, value) for name, value in new.items())
+        old = {name: value for name, value in values.items() if name in known}
+        return Narrowing(self.atoms, self.values | old, self.biases | biases)
 
     def along(self, t: TensorType, dim: int) -> Mask:
         """Which indices of a dimension stay (of the first living row, where rows differ)."""
@@ -74,14 +99,13 @@ class Narrowing:
         )
 
     def changes(self, known: Parameter) -> bool:
-        """Whether anything of a parameter goes or is added to."""
-        return known.names[0] in self.shifts or self.touches(known.type)
+        """Whether anything of a parameter goes or gets another number."""
+        return known.names[0] in self.values or self.touches(known.type)
 
-    def shifted(self, known: Parameter, value: torch.Tensor) -> torch.Tensor:
-        """The value (of the parameter's full shape) with what the plan adds to it."""
-        if known.names[0] not in self.shifts:
-            return value
-        return value + self.shifts[known.names[0]].to(value.device, value.dtype)
+    def assigned(self, known: Parameter, value: torch.Tensor) -> torch.Tensor:
+        """The new numbers of a parameter, in its full shape; ``value`` where it has none."""
+        new = self.values.get(known.names[0])
+        return value if new is None else new.to(value.device, value.dtype)
 
     def touches(self, t: TensorType) -> bool:
         """Whether anything of the tensor goes."""
@@ -138,15 +162,28 @@ class Narrowing:
         return value
 
 
-def _shifts(deps: Dependencies, plan: Plan) -> dict[str, torch.Tensor]:
-    shapes = {p.names[0]: p.value.shape for p in deps.analysis.parameters.values()}
-    for shift in plan.shifts:
-        if tuple(shapes.get(shift.parameter, ())) != (len(shift.values),):
-            raise PlanError(
-                f"the plan adds {len(shift.values)} numbers to {shift.parameter!r}, which the "
-                "network does not have in this size: it was made for another network"
-            )
-    return {s.parameter: torch.tensor(s.values, dtype=torch.float64) for s in plan.shifts}
+def _bias(
+    narrowing: Narrowing, deps: Dependencies, name: str, value: torch.Tensor
+) -> tuple[str, tuple[torch.Tensor, Mask]]:
+    """The layer that gets a bias of that name, its numbers, and which of them stay."""
+    layer, _, tail = name.rpartition(".")
+    weights = {p.names[0]: p for p in deps.analysis.parameters.values()}
+    weight = weights.get(f"{layer}.weight")
+    if tail != "bias" or weight is None:
+        raise PlanError(_misfit(name, value, ()))
+    module = deps.analysis.graph.get_submodule(layer)
+    takes_one = isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    if not takes_one or module.bias is not None or len(value) != weight.value.shape[0]:
+        raise PlanError(_misfit(name, value, ()))
+    return layer, (value, narrowing.along(weight.type, 0))
+
+
+def _misfit(name: str, value: torch.Tensor, shape: tuple[int, ...]) -> str:
+    there = f"has {list(shape)}" if shape else "has no place for it"
+    return (
+        f"the plan gives {name!r} the shape {list(value.shape)}, the network {there}: "
+        "it was made for another network"
+    )
 
 
 def _drop_empty_rows(channels: Mask, deps: Dependencies) -> None:

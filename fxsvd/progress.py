@@ -29,4 +29,11 @@ def sayer(progress: bool | Say) -> Say:
     """The function behind a ``progress`` option: none, lines on stderr, or the user's own."""
     if callable(progress):
         return progress
-    return Stages() if progress else lambda line: None
+    return Stages() if progress else quiet
+
+
+def quiet(line: str) -> None:
+    """Say nothing.
+
+    >>> quiet("planning")
+    """

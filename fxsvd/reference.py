@@ -18,6 +18,7 @@ from fxsvd.constants import MOVEMENTS
 from fxsvd.dependency import Dependencies
 from fxsvd.narrowing import Narrowing
 from fxsvd.nests import attribute
+from fxsvd.rewrite import add_bias
 from fxsvd.rules import RULES, elementwise, normalization, reduction
 from fxsvd.running import doubled
 from fxsvd.survivors import SURVIVING
@@ -30,25 +31,31 @@ LAYER_NORMS: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
 Values = dict[int, Tensor]
 
 
-def silenced(deps: Dependencies, narrowing: Narrowing, values: Values) -> fx.GraphModule:
+def silenced(
+    deps: Dependencies, narrowing: Narrowing, values: Values, *, double: bool = True
+) -> fx.GraphModule:
     """A copy of the graph, in the original's shapes, whose dropped channels are silent.
 
     Args:
         deps: the analysis of the original graph.
         narrowing: which channels stay.
         values: the numbers to use, by identity of the parameter or buffer.
+        double: compute in float64.
     """
     memo: dict[int, Any] = {}
     divisors = _divisors(deps)
     for known in deps.analysis.parameters.values():
-        value = narrowing.shifted(known, values[id(known.value)])
+        value = narrowing.assigned(known, values[id(known.value)])
         value = _silence(narrowing, known, value, divisors)
         memo[id(known.value)] = like(known.value, value)
-    graph: fx.GraphModule = doubled(copy.deepcopy(deps.analysis.graph, memo))
+    graph: fx.GraphModule = copy.deepcopy(deps.analysis.graph, memo)
+    graph = doubled(graph) if double else graph
     for node, original in zip(
         list(graph.graph.nodes), deps.analysis.graph.graph.nodes, strict=True
     ):
         _count_survivors(graph, node, original, deps, narrowing)
+    for layer, (bias, stays) in narrowing.biases.items():
+        add_bias(graph.get_submodule(layer), bias * torch.from_numpy(stays).to(bias.device))
     graph.recompile()
     return graph
 
@@ -73,7 +80,7 @@ def mask(model: nn.Module, deps: Dependencies, narrowing: Narrowing) -> nn.Modul
     with torch.no_grad():
         for known in deps.analysis.parameters.values():
             if known.names[0] in tensors and narrowing.changes(known):
-                value = narrowing.shifted(known, known.value.detach())
+                value = narrowing.assigned(known, known.value.detach())
                 value = _silence(narrowing, known, value, divisors)
                 tensors[known.names[0]].copy_(value)
     for module in result.modules():

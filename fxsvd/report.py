@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fxsvd.cost import Cost, metric
 from fxsvd.edits import Plan
+from fxsvd.measure import Site
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,11 @@ class SpaceRow:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer: its weight's shape and its parameters before and after."""
+    """One layer: its weight's shape and its parameters before and after.
+
+    Of a layer that others replaced, ``parts`` are the shapes of theirs and ``after`` is empty, as
+    it is where a layer is gone.
+    """
 
     name: str
     kind: str
@@ -33,6 +39,7 @@ class LayerRow:
     after: tuple[int, ...]
     parameters_before: int
     parameters_after: int
+    parts: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,8 @@ class Report:
         layers: a row per layer with parameters.
         plan: what was applied.
         error: the largest relative difference that verification met; None where it was off.
+        sites: for layers with a predicted error, that and the measured one.
+        change: ‖f(x) − f̂(x)‖² / ‖f(x)‖² of the outputs, on the data that was given; else None.
         notes: what a user should know (a graph without a train mode, ops without a rule).
     """
 
@@ -55,15 +64,18 @@ class Report:
     layers: tuple[LayerRow, ...]
     plan: Plan
     error: float | None = None
+    sites: tuple[Site, ...] = ()
+    change: float | None = None
     notes: tuple[str, ...] = field(default=())
 
     def __str__(self) -> str:
         """The report as a table."""
-        return "\n".join([*self._totals(), "", *self._space_lines(), *self._frozen_lines()])
+        parts = (self._totals(), self._space_lines(), self._site_lines(), self._frozen_lines())
+        return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
     def to_json(self) -> str:
         """The report as JSON text."""
-        return json.dumps(asdict(self), indent=1)
+        return json.dumps(asdict(self), indent=1, default=_described)
 
     def _totals(self) -> list[str]:
         pairs = [
@@ -79,6 +91,8 @@ class Report:
         ]
         if self.error is not None:
             lines.append(f"verified: equals the silenced original to {self.error:.1e} (float64)")
+        if self.change is not None:
+            lines.append(f"outputs on the data given: {self.change:.1e} of their energy changed")
         return lines + [f"note: {note}" for note in self.notes]
 
     def _space_lines(self) -> list[str]:
@@ -92,7 +106,16 @@ class Report:
     def _frozen_lines(self) -> list[str]:
         rows = [r for r in self.spaces if r.after == r.before]
         lines = [f"  {r.name} ({r.before}): {r.why}" for r in rows]
-        return ["", "not narrowed:", *lines] if rows else []
+        return ["not narrowed:", *lines] if rows else []
+
+    def _site_lines(self) -> list[str]:
+        width = max((len(s.layer) for s in self.sites), default=5)
+        head = [f"{'layer':<{width}}  {'edit':<9}  lost of its variance: predicted  measured"]
+        rows = [
+            f"{s.layer:<{width}}  {s.edit:<9}  {s.predicted:>31.2e}  {s.measured:>8.2e}"
+            for s in self.sites
+        ]
+        return head + rows if rows else []
 
 
 def _some(names: Iterable[str], most: int = 3) -> str:
@@ -104,17 +127,32 @@ def layer_rows(before: fx.GraphModule, after: fx.GraphModule) -> tuple[LayerRow,
     """A row per layer that holds parameters of its own."""
     twins = dict(after.named_modules())
     return tuple(
-        LayerRow(
-            name or type(module).__name__,
-            type(module).__name__,
-            _weight_shape(module),
-            _weight_shape(twins[name]),
-            _own(module),
-            _own(twins[name]),
-        )
+        _layer_row(name, module, twins.get(name))
         for name, module in before.named_modules()
-        if _own(module) and name in twins
+        if _own(module)
     )
+
+
+def _layer_row(name: str, before: nn.Module, after: nn.Module | None) -> LayerRow:
+    kind = type(before).__name__
+    same = after is not None and _own(after) > 0
+    parts = () if same or after is None else tuple(map(_weight_shape, after.children()))
+    return LayerRow(
+        name or kind,
+        kind,
+        _weight_shape(before),
+        _weight_shape(after) if after is not None and same else (),
+        _own(before),
+        sum(p.numel() for p in after.parameters(recurse=not same)) if after is not None else 0,
+        parts,
+    )
+
+
+def _described(value: Any) -> Any:
+    """A tensor of the plan by its shape: ``report.plan.to_json()`` has the numbers."""
+    if isinstance(value, Tensor):
+        return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+    raise TypeError(f"{type(value).__name__} has no place in a report")
 
 
 def _own(module: nn.Module) -> int:

@@ -25,6 +25,7 @@ from fxsvd.layers import layer_of
 from fxsvd.narrowing import Narrowing
 from fxsvd.nests import attribute, flatten, shapes_of_types
 from fxsvd.rules import LITERALS
+from fxsvd.substitution import substitute
 
 Made = dict[tuple[Any, ...], torch.Tensor]
 
@@ -46,6 +47,10 @@ def rewrite(deps: Dependencies, plan: Plan) -> fx.GraphModule:
     for node, original in list(twin.items()):
         _mend(node, original, twin, deps, narrowing)
     _set_shapes(twin, deps, narrowing)
+    for layer, (bias, stays) in narrowing.biases.items():
+        add_bias(result.get_submodule(layer), bias[torch.from_numpy(stays)])
+    for edit in plan.substitutes:
+        substitute(result, edit)
     result.graph.lint()
     result.recompile()
     return result
@@ -57,11 +62,18 @@ def _narrowed(deps: Dependencies, narrowing: Narrowing) -> dict[int, Any]:
     for known in deps.analysis.parameters.values():
         if narrowing.changes(known):
             with torch.no_grad():
-                value = narrowing.narrow(narrowing.shifted(known, known.value), known.type)
+                value = narrowing.narrow(narrowing.assigned(known, known.value), known.type)
             if isinstance(known.value, nn.Parameter):
                 value = nn.Parameter(value, requires_grad=known.value.requires_grad)
             memo[id(known.value)] = value
     return memo
+
+
+def add_bias(layer: nn.Module, bias: torch.Tensor) -> None:
+    """Give a layer without a bias one, of its weight's type."""
+    weight = layer.get_parameter("weight")
+    value = bias.to(weight.device, weight.dtype, copy=True)
+    layer.register_parameter("bias", nn.Parameter(value, requires_grad=weight.requires_grad))
 
 
 def _mend(

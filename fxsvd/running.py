@@ -85,15 +85,29 @@ def run(graph: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any
         return graph(*copy.deepcopy(inputs[0]), **copy.deepcopy(inputs[1]))
 
 
+def placed(graph: Any, inputs: Any) -> list[Any]:
+    """Arguments by position, as an interpreter wants them."""
+    args, kwargs = copy.deepcopy(inputs)
+    names = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    rest = names[len(args) :]
+    return [*args, *(kwargs.get(n.target, n.args[0] if n.args else None) for n in rest)]
+
+
+def placeholder_values(graph: fx.GraphModule, inputs: Any) -> dict[fx.Node, Any]:
+    """A copy of the inputs by placeholder, as an interpreter's environment."""
+    names = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    return dict(zip(names, placed(graph, inputs), strict=True))
+
+
 def computes_numbers(outputs: Any) -> bool:
     """Whether there is a finite number among the outputs (or nothing at all)."""
-    leaves = [t for t in _leaves(outputs) if t.numel()]
-    return not leaves or any(bool(t.isfinite().any()) for t in leaves)
+    found = [t for t in leaves(outputs) if t.numel()]
+    return not found or any(bool(t.isfinite().any()) for t in found)
 
 
 def difference(actual: Any, expected: Any) -> float:
     """The largest difference of two nests of tensors, relative to the largest expected value."""
-    a, b = _leaves(actual), _leaves(expected)
+    a, b = leaves(actual), leaves(expected)
     if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
         return float("inf")
     worst = 0.0
@@ -113,8 +127,9 @@ def _distance(x: Tensor, y: Tensor) -> float:
     return error / max(float(finite.abs().max()), 1e-12)
 
 
-def _leaves(value: Any) -> list[Tensor]:
+def leaves(value: Any) -> list[Tensor]:
+    """The tensors of a nest, in float64."""
     if isinstance(value, Tensor):
         return [value.double() if not value.is_complex() else torch.view_as_real(value)]
     items = value.values() if isinstance(value, dict) else value
-    return [t for v in items for t in _leaves(v)] if isinstance(value, (dict, tuple, list)) else []
+    return [t for v in items for t in leaves(v)] if isinstance(value, (dict, tuple, list)) else []

@@ -12,18 +12,20 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from fxsvd import reference
-from fxsvd.axes import TensorType
+from fxsvd.blame import first_difference
 from fxsvd.capture import Switch, capture
 from fxsvd.dependency import Dependencies, analyze
 from fxsvd.edits import Plan, make_inputs
 from fxsvd.errors import PlanError, VerificationError
 from fxsvd.narrowing import Narrowing
-from fxsvd.rewrite import rewrite
+from fxsvd.rewrite import add_bias, rewrite
 from fxsvd.running import computes_numbers, deterministic, difference, double_inputs, doubled, run
+from fxsvd.substitution import merged
 
 TOLERANCE = 1e-8
 _NO_NUMBERS = (
@@ -96,11 +98,11 @@ def verify_rewrite(
     """
     narrowing = Narrowing.of(deps, plan)
     _check_values(deps, narrowing, small)
-    values = _values(deps)
-    silent = reference.silenced(deps, narrowing, values)
+    values = _values(deps, perturbed=not plan.exact)
+    silent = reference.silenced(deps, _promised(deps, plan, narrowing, small), values)
     candidate = _with_values(deps, narrowing, small, values)
     inputs, worst = double_inputs(example_inputs), 0.0
-    for training in _modes(deps.analysis.graph):
+    for training in (False,) if plan.exact else _modes(deps.analysis.graph):
         with deterministic(silent, training), deterministic(candidate, training):
             expected = run(silent, inputs)
             if not computes_numbers(expected):
@@ -108,9 +110,24 @@ def verify_rewrite(
             error = difference(run(candidate, inputs), expected)
             worst = max(worst, error)
             if not error <= TOLERANCE:
-                where = _first_difference(deps, narrowing, silent, candidate, inputs)
+                where = first_difference(deps, narrowing, silent, candidate, inputs, TOLERANCE)
                 raise VerificationError(_message(error, training, where))
     return worst
+
+
+def _promised(
+    deps: Dependencies, plan: Plan, narrowing: Narrowing, small: fx.GraphModule
+) -> Narrowing:
+    """What the original has to become: itself, or silenced, with substitutes merged back."""
+    if plan.exact:
+        return Narrowing(np.ones_like(narrowing.atoms))
+    values = {}
+    for edit in plan.substitutes:
+        weight, bias = merged(small.get_submodule(edit.layer).children())
+        values[f"{edit.layer}.weight"] = weight
+        if bias is not None or deps.analysis.graph.get_submodule(edit.layer).bias is not None:
+            values[f"{edit.layer}.bias"] = weight.new_zeros(len(weight)) if bias is None else bias
+    return narrowing.assigning(deps, values)
 
 
 def _check_values(deps: Dependencies, narrowing: Narrowing, small: fx.GraphModule) -> None:
@@ -118,7 +135,7 @@ def _check_values(deps: Dependencies, narrowing: Narrowing, small: fx.GraphModul
     tensors = dict(small.named_parameters(remove_duplicate=False))
     for known in deps.analysis.parameters.values():
         for name in known.names:
-            expected = narrowing.shifted(known, known.value.detach())
+            expected = narrowing.assigned(known, known.value.detach())
             expected = narrowing.narrow(expected, known.type)
             if name in tensors and not _identical(tensors[name].detach(), expected):
                 raise VerificationError(f"{name} does not hold the numbers that survive the plan")
@@ -128,7 +145,7 @@ def _identical(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def _values(deps: Dependencies) -> reference.Values:
+def _values(deps: Dependencies, perturbed: bool) -> reference.Values:
     """All parameters and buffers in float64; constant ones perturbed, upwards (variances too)."""
     generator = torch.Generator().manual_seed(0)
     values = {}
@@ -136,7 +153,7 @@ def _values(deps: Dependencies) -> reference.Values:
         value = known.value.detach()
         if value.is_floating_point():
             value = value.double()
-            if value.numel() and bool((value == value.flatten()[0]).all()):
+            if perturbed and value.numel() and bool((value == value.flatten()[0]).all()):
                 noise = torch.rand(value.shape, generator=generator, dtype=torch.float64)
                 value = value + 0.1 * noise.to(value.device)
         values[key] = value
@@ -152,9 +169,11 @@ def _with_values(
     memo: dict[int, Any] = {}
     for key, known in deps.analysis.parameters.items():
         if known.value.is_floating_point() and known.names[0] in tensors:
-            value = narrowing.narrow(narrowing.shifted(known, values[key]), known.type)
+            value = narrowing.narrow(narrowing.assigned(known, values[key]), known.type)
             memo[id(tensors[known.names[0]])] = reference.like(known.value, value)
     twin: fx.GraphModule = doubled(copy.deepcopy(small, memo))
+    for layer, (bias, stays) in narrowing.biases.items():
+        add_bias(twin.get_submodule(layer), bias[torch.from_numpy(stays)])
     return twin
 
 
@@ -162,56 +181,6 @@ def _modes(graph: fx.GraphModule) -> tuple[bool, ...]:
     """Eval mode, and train mode where the graph has one and a norm behaves differently in it."""
     moody = any(isinstance(m, nn.modules.batchnorm._NormBase | Switch) for m in graph.modules())
     return (False, True) if moody and "train_graph" not in graph.meta else (False,)
-
-
-# ---------------------------------------------------------------- explaining a difference
-
-
-class _Recorder(fx.Interpreter):
-    """Keeps a copy of every node's value (a later in-place op must not change it)."""
-
-    def __init__(self, graph: fx.GraphModule) -> None:
-        super().__init__(graph)
-        self.values: dict[str, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        self.values[n.name] = value.clone() if isinstance(value, Tensor) else None
-        return value
-
-
-def _first_difference(
-    deps: Dependencies,
-    narrowing: Narrowing,
-    silent: fx.GraphModule,
-    candidate: fx.GraphModule,
-    inputs: Any,
-) -> str:
-    """The first node whose narrowed value is not what the silenced original computes."""
-    recorders = [_Recorder(silent), _Recorder(candidate)]
-    for recorder in recorders:
-        with torch.no_grad():
-            recorder.run(*_placed(recorder.module, inputs))
-    full, narrow = (r.values for r in recorders)
-    for node, t in deps.analysis.types.items():
-        a, b = full.get(node.name), narrow.get(node.name)
-        if a is None or b is None or not isinstance(t, TensorType):
-            continue
-        try:
-            expected = narrowing.narrow(a, t)
-        except (IndexError, RuntimeError):  # the batch is folded into a channel axis
-            continue
-        if not difference(b, expected) <= TOLERANCE:
-            return f"`{node.name}`"
-    return "the output"
-
-
-def _placed(graph: Any, inputs: Any) -> list[Any]:
-    """Arguments by position, as an interpreter wants them."""
-    args, kwargs = copy.deepcopy(inputs)
-    names = [n for n in graph.graph.nodes if n.op == "placeholder"]
-    rest = names[len(args) :]
-    return [*args, *(kwargs.get(n.target, n.args[0] if n.args else None) for n in rest)]
 
 
 def _message(error: float, training: bool, where: str) -> str:

@@ -10,5 +10,6 @@ if __name__ != "fxsvd.passes":
     raise ImportError(f"import this package as 'fxsvd.passes', not as {__name__!r}")
 
 from fxsvd.passes.prune import Prune
+from fxsvd.passes.select import Select
 
-__all__ = ["Prune"]
+__all__ = ["Prune", "Select"]

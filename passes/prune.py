@@ -6,23 +6,34 @@ acts per channel; see ``fxsvd.edits.Remap``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from fxsvd import importance
+from fxsvd.batches import Data
 from fxsvd.coupling import Group
 from fxsvd.dead import Dead, dead_channels
 from fxsvd.dependency import Dependencies
-from fxsvd.edits import Plan, Remap, Skip
+from fxsvd.edits import Plan
 from fxsvd.errors import PlanError
 from fxsvd.heads import HeadGroup, by_heads
 from fxsvd.importance import Scores
-from fxsvd.naming import Name, by_name, spaces_named
+from fxsvd.naming import Name
+from fxsvd.progress import Say, quiet
 from fxsvd.relations import Atoms
+from fxsvd.widths import (
+    Ratio,
+    as_plan,
+    global_counts,
+    local_counts,
+    require_multiple,
+    require_ratio,
+    rounded,
+    wanted_ratios,
+)
 
 Live = list[tuple[Group | HeadGroup, float]]
 CRITERIA = ("l1", "l2", "bn", "taylor", "random", "dead")
@@ -55,7 +66,7 @@ class Prune:
     0.25
     """
 
-    ratio: float | Mapping[str, float] = 0.5
+    ratio: Ratio = 0.5
     criterion: str = "l2"
     scope: Literal["local", "global"] = "local"
     round_to: int = 1
@@ -67,27 +78,25 @@ class Prune:
     heads: bool = False
 
     def __post_init__(self) -> None:
-        ratios = self.ratio.values() if isinstance(self.ratio, Mapping) else (self.ratio,)
-        for ratio in ratios:
-            if not 0 <= ratio < 1:
-                raise PlanError(f"ratio is the fraction removed, in [0, 1); got {ratio}")
+        require_ratio(self.ratio)
         if self.criterion not in CRITERIA:
             raise PlanError(f"unknown criterion {self.criterion!r}; there are {CRITERIA}")
         if self.scope not in ("local", "global"):
             raise PlanError(f"scope is 'local' or 'global', not {self.scope!r}")
-        if self.round_to < 1:
-            raise PlanError(f"round_to is a positive number of channels; got {self.round_to}")
+        require_multiple(self.round_to)
 
-    def propose(self, deps: Dependencies) -> Plan:
+    def propose(self, deps: Dependencies, data: Data = None, say: Say = quiet) -> Plan:
         """The plan; nothing is touched.
 
         Args:
             deps: what ``fxsvd.analyze`` found.
+            data: not needed (``"taylor"`` has labelled data of its own).
+            say: not needed.
 
         Raises:
             PlanError: a name means nothing, a weight is not finite, or the criterion lacks data.
         """
-        ratios, why = self._ratios(deps)
+        ratios, why = wanted_ratios(deps, self.ratio, self.only, self.ignore)
         kept = np.ones(deps.channels.count, dtype=bool)
         if self.criterion != "random":
             importance.require_numbers(deps)
@@ -97,28 +106,11 @@ class Prune:
         live = [(g, ratio) for g, ratio in priced if ratio > 0]
         if live:
             for steps in self._choose(deps, live, dead):
-                for channels in steps[: _rounded(steps, self.round_to, deps)]:
+                for channels in steps[: rounded(steps, self.round_to, deps)]:
                     kept[channels] = False
         left = "no dead channels" if dead else "rounding or coupling leaves nothing to remove"
-        plan = _as_plan(deps, kept, why, left)
-        return replace(plan, shifts=dead.shifts(deps, ~kept)) if dead else plan
-
-    def _ratios(self, deps: Dependencies) -> tuple[Scores, dict[int, str]]:
-        """A ratio per space, and why it is 0 where it is."""
-        ratios: Scores = np.zeros(len(deps.spaces) + 1)
-        if isinstance(self.ratio, Mapping):
-            wanted: dict[int, float] = by_name(deps, self.ratio)
-            why = "no pattern of `ratio` matches it"
-        else:
-            wanted, why = dict.fromkeys(range(len(deps.spaces)), float(self.ratio)), "ratio is 0"
-        if self.only:
-            named = spaces_named(deps, self.only)
-            wanted, why = {i: r for i, r in wanted.items() if i in named}, "not in `only`"
-        ignored = spaces_named(deps, self.ignore)
-        for i, ratio in wanted.items():
-            ratios[i] = 0 if i in ignored else ratio
-        stay = (i for i in range(len(deps.spaces)) if ratios[i] == 0)
-        return ratios, {i: "in `ignore`" if i in ignored else why for i in stay}
+        plan = as_plan(deps, kept, why, left)
+        return replace(plan, values=dead.shifts(deps, ~kept)) if dead else plan
 
     def _choose(self, deps: Dependencies, live: Live, dead: Dead | None) -> list[list[Atoms]]:
         """The channels of the steps that each group takes, the first to go first."""
@@ -129,7 +121,7 @@ class Prune:
         ranked = [g.ranked(scores) for g, _ in live]
         ratios = [ratio for _, ratio in live]
         local = self.scope == "local"
-        counts = _local(ranked, ratios) if local else _global(ranked, ratios, scores)
+        counts = local_counts(ranked, ratios) if local else global_counts(ranked, ratios, scores)
         return [steps[:count] for steps, count in zip(ranked, counts, strict=True)]
 
     def _score(self, deps: Dependencies) -> Scores:
@@ -140,55 +132,3 @@ class Prune:
         if self.criterion == "random":
             return importance.random(deps, self.seed)
         return importance.magnitude(deps, 1 if self.criterion == "l1" else 2)
-
-
-def _local(ranked: list[list[Atoms]], ratios: list[float]) -> list[int]:
-    """Every group takes its share of its steps, to the nearest."""
-    return [
-        min(int(ratio * len(steps) + 0.5), len(steps) - 1)
-        for steps, ratio in zip(ranked, ratios, strict=True)
-    ]
-
-
-def _global(ranked: list[list[Atoms]], ratios: list[float], scores: Scores) -> list[int]:
-    """Steps in ascending order of their mean score, relative to their group's, until enough go."""
-    order: list[tuple[float, int, int]] = []
-    wanted = 0.0
-    for i, (steps, ratio) in enumerate(zip(ranked, ratios, strict=True)):
-        price = np.array([scores[step].mean() for step in steps])
-        price = np.maximum.accumulate(price / max(float(price.mean()), 1e-30))
-        wanted += ratio * sum(map(len, steps))
-        order += [(float(p), i, len(step)) for p, step in zip(price[:-1], steps, strict=False)]
-    counts = [0] * len(ranked)
-    for _, i, size in sorted(order):
-        if wanted < size / 2:
-            break
-        counts[i] += 1
-        wanted -= size
-    return counts
-
-
-def _rounded(steps: list[Atoms], multiple: int, deps: Dependencies) -> int:
-    """How many of the steps to take, so that every width is a multiple (or none)."""
-    if multiple == 1 or not steps:
-        return len(steps)
-    touched, place = np.unique(deps.space_of[np.concatenate(steps)], return_inverse=True)
-    gone = np.zeros((len(steps), len(touched)), dtype=np.int64)
-    np.add.at(gone, (np.repeat(np.arange(len(steps)), [len(step) for step in steps]), place), 1)
-    left = np.array([deps.spaces[i].width for i in touched]) - gone.cumsum(axis=0)
-    fits = np.flatnonzero((left % multiple == 0).all(axis=1))
-    return int(fits[-1]) + 1 if fits.size else 0
-
-
-def _as_plan(
-    deps: Dependencies, kept: npt.NDArray[np.bool_], why: dict[int, str], left: str
-) -> Plan:
-    edits, skips = [], []
-    for i, space in enumerate(deps.spaces):
-        keep = np.flatnonzero(kept[space.channels])
-        if len(keep) < space.width:
-            edits.append(Remap(space.name, space.width, tuple(keep.tolist())))
-            continue
-        reason = space.frozen or why.get(i) or left
-        skips.append(Skip(space.name, space.width, reason))
-    return Plan(tuple(edits), tuple(skips))

@@ -313,7 +313,7 @@ def test_verify_needs_a_result_of_compile() -> None:
 class Fails:
     """A pass that raises after the first stage has been applied."""
 
-    def propose(self, deps: Any) -> Plan:
+    def propose(self, deps: Any, data: Any = None, say: Any = None) -> Plan:
         raise RuntimeError("no plan today")
 
 
@@ -321,7 +321,7 @@ class Fails:
 class Wrong:
     """A pass whose plan is fit for another network."""
 
-    def propose(self, deps: Any) -> Plan:
+    def propose(self, deps: Any, data: Any = None, say: Any = None) -> Plan:
         return Plan((Remap("elsewhere", 8, (0,)),))
 
 

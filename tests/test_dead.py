@@ -99,6 +99,6 @@ def test_a_dead_plan_survives_json():
     plan = fxsvd.plan(net, x, passes=[Prune(criterion="dead")])
     again = fxsvd.Plan.from_json(plan.to_json())
     assert again == plan
-    assert again.shifts[0].parameter == "10.bias"
+    assert again.values[0].parameter == "10.bias"
     net.eval()
     torch.testing.assert_close(fxsvd.apply(net, again).eval()(x), net(x), rtol=1e-5, atol=1e-6)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxsvd
-from fxsvd.edits import Plan, Remap, Shift, describe_inputs, make_inputs
+from fxsvd.edits import Assign, Plan, Remap, describe_inputs, make_inputs
 from fxsvd.errors import PlanError
 from fxsvd.passes import Prune
 
@@ -125,7 +125,7 @@ def test_a_graph_takes_a_plan_without_inputs():
         (Plan((Remap("stem", 9, (0,)),)), "made for another network"),
         (Plan((Remap("stem", 8, ()),)), "without a channel"),
         (Plan((Remap("out", 2, (0,)),)), "cannot be narrowed"),
-        (Plan(shifts=(Shift("fc.bias", (1.0,)),)), "made for another network"),
+        (Plan(values=(Assign("fc.bias", torch.ones(1), ""),)), "made for another network"),
     ],
 )
 def test_plans_that_do_not_fit_are_refused(plan, message):
