@@ -1,6 +1,7 @@
 """fxsvd: a compiler for smaller neural networks."""
 
 from fxsvd import passes
+from fxsvd.calibrate import calibrate
 from fxsvd.capture import capture
 from fxsvd.compile import apply, compile, plan
 from fxsvd.dependency import Dependencies, Space, analyze
@@ -10,6 +11,7 @@ from fxsvd.export import export_onnx
 from fxsvd.layers import register_layer
 from fxsvd.report import Report
 from fxsvd.rules import register_rule
+from fxsvd.statistics import Statistics
 from fxsvd.verify import mask, verify
 
 __all__ = [
@@ -22,9 +24,11 @@ __all__ = [
     "Report",
     "Skip",
     "Space",
+    "Statistics",
     "VerificationError",
     "analyze",
     "apply",
+    "calibrate",
     "capture",
     "compile",
     "export_onnx",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from fxsvd.capture import normalize_inputs
+from fxsvd.capture.inputs import map_tensors
 from fxsvd.errors import FxsvdError
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
@@ -24,35 +25,70 @@ def batches(data: Iterable[Any], graph: fx.GraphModule) -> Iterator[Batch]:
         graph: a captured graph.
 
     Raises:
-        FxsvdError: a single tensor was given in place of an iterable of batches.
+        FxsvdError: the data is a single batch, or can be read only once, or a batch lacks an input.
 
     >>> from fxsvd.capture import capture
     >>> graph = capture(torch.nn.Linear(3, 2), torch.zeros(2, 3))
     >>> [args[0].shape for args, _ in batches([(torch.zeros(5, 3), torch.zeros(5))], graph)]
     [torch.Size([5, 3])]
     """
+    require_batches(data)
+    inputs = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    names = [str(n.target) for n in inputs]
+    needed = {str(n.target) for n in inputs if not n.args}
+    device = next((t.device for t in graph.parameters()), torch.device("cpu"))
+    for number, batch in enumerate(data):
+        args, kwargs = normalize_inputs(batch)
+        args = args[: len(names)]
+        known = {k: v for k, v in kwargs.items() if k in names}
+        missing = needed - set(names[: len(args)]) - known.keys()
+        if missing:
+            raise FxsvdError(_missing(number, missing, args, kwargs))
+        yield moved((args, known), device)
+
+
+def require_batches(data: Any) -> None:
+    """Raise unless data is an iterable of batches that can be read again.
+
+    Raises:
+        FxsvdError: it is not.
+
+    >>> require_batches([torch.zeros(2, 3)])
+    """
     if isinstance(data, Tensor | Mapping):
         raise FxsvdError("data is an iterable of batches: give [batch] for a single one")
-    names = [str(n.target) for n in graph.graph.nodes if n.op == "placeholder"]
-    device = next((t.device for t in graph.parameters()), torch.device("cpu"))
-    for batch in data:
-        args, kwargs = normalize_inputs(batch)
-        known = {k: v for k, v in kwargs.items() if k in names}
-        yield moved((args[: len(names)], known), device)
+    if isinstance(data, Iterator):
+        raise FxsvdError(
+            f"data is a {type(data).__name__}, which can be read only once, and it is read more "
+            "often: give a list or a DataLoader"
+        )
+    if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
+        raise FxsvdError(
+            f"data is a {type(data).__name__}: give an iterable of batches, such as a list or a "
+            "DataLoader"
+        )
+
+
+def _missing(number: int, missing: set[str], args: Any, kwargs: Any) -> str:
+    there = ", ".join([*(type(a).__name__ for a in args), *map(repr, kwargs)]) or "nothing"
+    wanted = ", ".join(sorted(missing))
+    return f"batch {number} of the data has {there}, but the network also needs {wanted}"
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """A nest of tensors on a device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {k: moved(v, device) for k, v in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(moved(v, device) for v in value)
-    return value
+    """A nest of tensors on a device.
+
+    >>> moved({"x": (torch.zeros(2), 1)}, torch.device("meta"))["x"][0].device
+    device(type='meta')
+    """
+    return map_tensors(lambda t: t.to(device), value)
 
 
 def samples(batch: Batch) -> int:
-    """The number of samples: the first size of the first tensor."""
+    """The number of samples: the first size of the first tensor.
+
+    >>> samples(((torch.zeros(5, 3),), {}))
+    5
+    """
     values = [*batch[0], *batch[1].values()]
     return next((len(v) for v in values if isinstance(v, Tensor) and v.dim()), 1)

@@ -1,34 +1,42 @@
-"""Statistics of what layers see: one streaming pass over data, second moments per layer.
+"""One pass over data, second moments per layer.
 
 Convolution patches are never made for a whole batch: a sample of their positions is, seeded, so
-that multiplying them costs about as much as the layer itself.
+that multiplying them costs less than the layer itself.
 """
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from difflib import get_close_matches
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from fxsvd.batches import batches, samples
+from fxsvd import ranks
+from fxsvd.batches import Batch, batches, samples
 from fxsvd.cost import evaluating
 from fxsvd.dependency import Dependencies
 from fxsvd.errors import FxsvdError
+from fxsvd.importance import require_numbers
+from fxsvd.lookups import Lookup, geometry, lookup, read
 from fxsvd.moments import Moment
 from fxsvd.progress import Say, quiet
-from fxsvd.readers import Reader, input_rows, positions, readers
+from fxsvd.readers import Reader, positions, readers
+from fxsvd.statistics import Statistics, warned
 
 Positions = Literal["auto", "all"] | int
-SHARE = 2.0
+SHARE = 0.75
 """With positions="auto": multiply-adds for a layer's moments, relative to those of the layer."""
 LEAST = 4
 """With positions="auto": rows of every sample, at least."""
+MOST = 64
+"""With positions="auto": rows of every sample, at most, or a quarter of a row's entries."""
+LARGEST = 2**26
+"""Entries of the rows that are multiplied at a time."""
 
 
 def calibrate(
@@ -40,54 +48,92 @@ def calibrate(
     seed: int = 0,
     accuracy: float = 0.0,
     say: Say = quiet,
-) -> dict[str, Moment]:
+) -> Statistics:
     """Mean and second moment of the input rows of linear layers and convolutions.
 
-    Under ``torch.distributed`` every rank gives its own share of the data, and all ranks get the
-    moments of the whole.
+    A pass costs about as much as two plain forward passes. Under ``torch.distributed`` every
+    rank gives its own share of the data, and all ranks get the moments of the whole: exactly those
+    of one process where batches are dealt out to the ranks in turns, or with positions="all" (a
+    choice of rows depends on the number of the batch).
 
     Args:
         deps: what ``fxsvd.analyze`` found; its graph runs in eval mode.
-        data: batches, see ``fxsvd.batches``.
+        data: batches: a list or a ``DataLoader``; labels behind the inputs are left out.
         layers: paths of the layers; all that can be refitted where None.
-        positions: rows per sample of a layer: a number, all, or as many as cost about twice what
-            the layer itself costs.
+        positions: rows per sample of a layer: a number, all, or as many as cost less than the layer
+            itself.
         seed: of the choice of rows.
         accuracy: stop early once the relative standard error of every second moment is below this.
         say: is told how far it is.
 
     Returns:
-        A moment per layer. Memory is 8·row² bytes per layer and group; ``fxsvd.readers`` says what
-        a row is.
+        A moment per layer. Memory is 8·row² bytes per layer and group, or the rows themselves while
+        they are fewer than ``row`` (see ``Moment``); ``fxsvd.readers`` says what a row is.
 
     Raises:
-        FxsvdError: there is no batch, or a layer sees numbers that are not finite.
+        FxsvdError: there is no batch, a batch does not fit, or a layer sees numbers that are not
+            finite; the message names the batch.
+
+    Warns:
+        UserWarning: a layer saw fewer rows than a row has entries: its covariance is singular.
 
     >>> from fxsvd.capture import capture
     >>> from fxsvd.dependency import analyze
     >>> graph = capture(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.zeros(2, 3))
-    >>> moments = calibrate(analyze(graph), [torch.randn(5, 3)])
-    >>> {name: (m.count, tuple(m.second.shape)) for name, m in moments.items()}
-    {'0': (5, (1, 3, 3)), '1': (5, (1, 4, 4))}
+    >>> print(calibrate(analyze(graph), [torch.randn(5, 3)]))
+    5 samples
+    0: 5 rows of 3
+    1: 5 rows of 4
     """
-    found = readers(deps)
-    wanted = {name: found[name] for name in (found if layers is None else layers)}
+    require_numbers(deps)
+    _require_positions(positions)
+    wanted = _wanted(readers(deps), layers)
     collector = _Collector(wanted, positions, seed)
-    graph = deps.analysis.graph
-    seen = 0
+    graph, seen = deps.analysis.graph, 0
+    stream = enumerate(batches(data, graph))
     with ExitStack() as stack, torch.no_grad():
         stack.enter_context(evaluating(graph))
         for reader in wanted.values():
             hook = collector.hook(reader)
-            stack.callback(reader.module.register_forward_pre_hook(hook).remove)
-        for number, (args, kwargs) in enumerate(batches(data, graph)):
-            collector.batch = number
-            graph(*args, **kwargs)
-            seen += samples((args, kwargs))
-            say(f"calibrating: {seen} samples")
-            if accuracy and _agreed(collector.accuracy <= accuracy):
+            stack.callback(reader.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        while True:
+            number, batch = next(stream, (0, None))
+            if batch is not None:
+                collector.batch = number
+                _run(graph, number, batch)
+                seen += samples(batch)
+                say(f"calibrating: {seen} samples{collector.progress if accuracy else ''}")
+            reached = collector.accuracy if accuracy else math.inf
+            if _over(batch is None, reached <= accuracy, votes=accuracy > 0):
                 break
-    return checked({name: moment.reduced() for name, moment in collector.moments.items()})
+    found = checked({name: moment.reduced() for name, moment in collector.moments.items()})
+    return warned(Statistics(found, int(ranks.gathered([seen]).sum())))
+
+
+def _over(exhausted: bool, accurate: bool, votes: bool) -> bool:
+    """Whether a rank may stop: with an accuracy to reach, all ranks stop together."""
+    return ranks.agreed(exhausted or accurate) if votes else exhausted
+
+
+def _run(graph: nn.Module, number: int, batch: Batch) -> None:
+    try:
+        graph(*batch[0], **batch[1])
+    except RuntimeError as error:
+        raise FxsvdError(f"batch {number} of the data cannot be run: {error}") from error
+
+
+def _wanted(found: dict[str, Reader], layers: Iterable[str] | None) -> dict[str, Reader]:
+    names = list(found if layers is None else layers)
+    for name in names:
+        if name not in found:
+            near = get_close_matches(name, found, 3)
+            raise FxsvdError(f"there is no layer {name!r} that could be refitted; near: {near}")
+    return {name: found[name] for name in names}
+
+
+def _require_positions(wanted: Positions) -> None:
+    if wanted not in ("auto", "all") and not (isinstance(wanted, int) and wanted > 0):
+        raise FxsvdError(f"positions is 'auto', 'all' or a number of rows, not {wanted!r}")
 
 
 class _Collector:
@@ -96,49 +142,90 @@ class _Collector:
     def __init__(self, wanted: Mapping[str, Reader], positions: Positions, seed: int) -> None:
         self.moments = {name: Moment() for name in wanted}
         self.positions, self.seed, self.batch = positions, seed, 0
+        self.last: tuple[Any, Lookup] | None = None
 
     @property
     def accuracy(self) -> float:
         return max((m.accuracy for m in self.moments.values()), default=0.0)
 
+    @property
+    def progress(self) -> str:
+        return f", accuracy {self.accuracy:.2g}"
+
     def hook(self, reader: Reader) -> Any:
-        def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            where = chosen_rows(reader, args[0], self.positions, (self.seed, self.batch))
-            self.moments[reader.layer].add(input_rows(module, args[0], where))
+        moment = self.moments[reader.layer]
+
+        def see(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            x = args[0] if args else kwargs["input"]
+            for some in self._lookups(reader, x):
+                moment.add(read(module, x, some))
+            if not moment.finite:
+                raise FxsvdError(
+                    f"{reader.layer} sees numbers that are not finite in batch {self.batch} of the "
+                    "data: check the data and the weights"
+                )
 
         return see
 
+    def _lookups(self, reader: Reader, x: Tensor) -> Iterator[Lookup]:
+        """What to read off an input, kept for the next layer where that is of the same geometry."""
+        count = rows_per_sample(reader, x, self.positions)
+        key = (self.batch, count, *geometry(reader.module, x))
+        if self.last is not None and self.last[0] == key:
+            yield self.last[1]
+            return
+        where = chosen_rows(reader, x, self.positions, (self.seed, self.batch))
+        parts = where.split(max(1, LARGEST // reader.entries().size))
+        for part in parts:
+            found = lookup(reader.module, x, part)
+            self.last = (key, found) if len(parts) == 1 else None
+            yield found
+
 
 def chosen_rows(reader: Reader, x: Tensor, wanted: Positions, seed: tuple[int, int]) -> Tensor:
-    """Numbers of rows of an input, equally many of every sample, the same for the same seed."""
+    """Numbers of rows of an input, equally many of every sample, the same for the same seed.
+
+    Layers with as many positions get the same ones.
+
+    The positions of a sample are cut into as many equal lengths as rows are wanted, and one is
+    drawn from each: every position is as likely as any other.
+
+    Args:
+        reader: the layer.
+        x: its input.
+        wanted: rows per sample.
+        seed: the seed, and the number of the batch (of this rank).
+    """
     every = positions(reader.module, x)
-    count = min(every, max(1, _rows_per_sample(reader, every, wanted)))
+    count = rows_per_sample(reader, x, wanted)
     if count == every:
         return torch.arange(len(x) * every, device=x.device)
-    name = zlib.crc32(reader.layer.encode())
-    generator = torch.Generator().manual_seed(hash((seed, name)) & 0x7FFFFFFF)
-    picked = torch.rand(len(x), every, generator=generator).topk(count, dim=1).indices
-    start = torch.arange(len(x)).unsqueeze(1) * every
-    return (start + picked).flatten().to(x.device)
+    text = f"{seed[0]} {ranks.numbered(seed[1])}"
+    generator = torch.Generator().manual_seed(zlib.crc32(text.encode()))
+    draw = torch.rand(len(x), count, generator=generator, dtype=torch.float64)
+    picked = ((torch.arange(count) + draw) * (every / count)).long().clamp(max=every - 1)
+    return (picked + torch.arange(len(x)).unsqueeze(1) * every).flatten().to(x.device)
 
 
-def _rows_per_sample(reader: Reader, every: int, wanted: Positions) -> int:
+def rows_per_sample(reader: Reader, x: Tensor, wanted: Positions) -> int:
+    """How many rows of every sample of a layer's input are taken.
+
+    >>> from fxsvd.capture import capture
+    >>> from fxsvd.dependency import analyze
+    >>> x = torch.zeros(2, 3, 20, 20)
+    >>> found = readers(analyze(capture(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)), x)))
+    >>> [rows_per_sample(found["0"], x, wanted) for wanted in ("auto", "all", 7)]
+    [45, 400, 7]
+    """
+    every = positions(reader.module, x)
     if wanted == "all":
         return every
     if isinstance(wanted, int):
-        return wanted
+        return min(every, wanted)
     weight = reader.weight.value
     out, row = len(weight) // reader.groups, weight[0].numel()
-    return max(LEAST, math.ceil(SHARE * every * out / row))
-
-
-def _agreed(stop: bool) -> bool:
-    """Whether all ranks may stop."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return stop
-    flag = torch.tensor(int(stop))
-    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-    return bool(flag)
+    count = max(LEAST, min(math.ceil(SHARE * every * out / row), max(MOST, row // 4)))
+    return min(every, count)
 
 
 def checked(moments: dict[str, Moment]) -> dict[str, Moment]:
@@ -148,8 +235,8 @@ def checked(moments: dict[str, Moment]) -> dict[str, Moment]:
         FxsvdError: there are none, or they are not finite.
     """
     for name, moment in moments.items():
-        if moment.count == 0 or moment.scatter is None:
+        if moment.count == 0:
             raise FxsvdError("the data has no batch: nothing can be calibrated")
-        if not bool(moment.scatter.isfinite().all()):
+        if not moment.finite:
             raise FxsvdError(f"{name} sees numbers that are not finite: check the data")
     return moments

@@ -9,15 +9,17 @@ residual stream), the target takes that difference along.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fxsvd.batches import Batch, batches
-from fxsvd.calibrate import Positions, checked, chosen_rows
+from fxsvd.batches import Batch, batches, samples
+from fxsvd.calibrate import Positions, checked, chosen_rows, rows_per_sample
 from fxsvd.cost import evaluating
 from fxsvd.dependency import Dependencies
 from fxsvd.fit import Fit, Mask, fit
@@ -30,6 +32,12 @@ from fxsvd.reference import silenced
 from fxsvd.rewrite import add_bias
 from fxsvd.running import placeholder_values
 
+Choose = Callable[[Moment], Mask]
+ENOUGH = 96
+"""With positions="auto": rows in all, for every entry of a row, at least."""
+MORE = 2
+"""With positions="auto": rows relative to those that ``fxsvd.calibrate`` takes, at least."""
+
 
 def refit_chained(
     deps: Dependencies,
@@ -37,6 +45,7 @@ def refit_chained(
     wanted: dict[str, Reader],
     data: Iterable[Any],
     *,
+    choosing: Mapping[str, Choose] | None = None,
     positions: Positions = "auto",
     seed: int = 0,
     say: Say = quiet,
@@ -48,16 +57,19 @@ def refit_chained(
         narrowing: which channels stay.
         wanted: the layers to refit.
         data: batches; all are held, with what is alive of their activations, twice.
-        positions: rows per sample, see ``fxsvd.calibrate``.
+        choosing: by layer, what decides which entries of its rows stay (``[groups, row]``) where
+            that is left until the layer is reached, from the moment that it is then fitted to.
+        positions: rows per sample, see ``fxsvd.calibrate``; "auto" takes at least ``ENOUGH``.
         seed: of the choice of rows.
         say: is told how far it is.
 
     Yields:
-        The fit of each layer, once the twin computes with it.
+        The fit of each layer, once the twin computes with it. Its error is that of the outputs
+        that the layer had in the original, whatever its target was.
     """
     values = {id(p.value): p.value.detach() for p in deps.analysis.parameters.values()}
     twin = silenced(deps, narrowing, values, double=False)
-    graph = deps.analysis.graph
+    graph, choosing = deps.analysis.graph, choosing or {}
     with torch.no_grad(), evaluating(graph), evaluating(twin):
         pair = _Pair(graph, twin, list(batches(data, graph)))
         for node in schedule(twin, wanted):
@@ -67,15 +79,33 @@ def refit_chained(
             reader = wanted.get(str(node.target)) if node.op == "call_module" else None
             if reader is not None:
                 say(f"refitting {reader.layer}")
-                moment = pair.moment(node, reader, positions, seed).reduced()
+                moment, own_moment = _halves(pair.moment(node, reader, positions, seed).reduced())
                 checked({reader.layer: moment})
-                found = fit(reader, moment, alive(reader, deps, narrowing))
+                choose = choosing.get(reader.layer)
+                stays = choose(moment) if choose else alive(reader, deps, narrowing)
+                found = fit(reader, moment, stays).judged(own_moment)
                 _install(twin, found)
                 yield found
             pair.twin.run(node)
             pair.twin.leave(node)
             if own is not None:
                 pair.original.leave(own)
+
+
+def downstream(
+    deps: Dependencies, found: dict[str, Reader], loses: dict[str, Reader]
+) -> dict[str, Reader]:
+    """The layers from the first that loses an input on, called once each."""
+    first = {r.calls[0] for r in loses.values()}
+    changed = set()
+    for node in deps.analysis.graph.graph.nodes:
+        if node in first or any(n in changed for n in node.all_input_nodes):
+            changed.add(node)
+    return {
+        n: r
+        for n, r in found.items()
+        if n in loses or (len(r.calls) == 1 and r.calls[0] in changed)
+    }
 
 
 def alive(reader: Reader, deps: Dependencies, narrowing: Narrowing) -> Mask:
@@ -127,18 +157,43 @@ class _Pair:
     def __init__(self, graph: fx.GraphModule, twin: fx.GraphModule, data: list[Batch]) -> None:
         self.original, self.twin = _Lane(graph, data), _Lane(twin, data)
         self.own = {n.name: n for n in graph.graph.nodes}
+        self.samples = sum(map(samples, data))
 
     def moment(self, node: fx.Node, reader: Reader, positions: Positions, seed: int) -> Moment:
-        """Inputs that a layer sees in the twin, paired with the outputs that it should have."""
+        """Inputs that a layer sees in the twin, paired with the outputs that it should have.
+
+        Behind these, as many outputs again: those of the original.
+        """
         own, join, moment = self.own[node.name], join_behind(node), Moment()
         lanes = zip(self.original.values, self.twin.values, strict=True)
         for number, (before, after) in enumerate(lanes):
             x: Tensor = after[node.all_input_nodes[0]]
-            where = chosen_rows(reader, x, positions, (seed, number))
-            y = output_rows(reader.module, before[own], where)
+            wanted = self._enough(reader, x) if positions == "auto" else positions
+            where = chosen_rows(reader, x, wanted, (seed, number))
+            y = target = output_rows(reader.module, before[own], where)
             if join is not None and join.other in after:
                 change = before[self.own[join.other.name]] - after[join.other]
-                y = y + output_rows(reader.module, join.behind(change), where)
-            rows = input_rows(reader.module, x, where)
-            moment.add(rows, y.reshape(len(y), reader.groups, -1))
+                target = y + output_rows(reader.module, join.behind(change), where)
+            both = [t.reshape(len(y), reader.groups, -1) for t in (target, y)]
+            moment.add(input_rows(reader.module, x, where), torch.cat(both, dim=-1))
         return moment
+
+    def _enough(self, reader: Reader, x: Tensor) -> int:
+        """Rows of every sample that suffice for a fit."""
+        row = int(reader.entries().shape[1])
+        fewest = math.ceil(ENOUGH * row / self.samples)
+        return max(fewest, MORE * rows_per_sample(reader, x, "auto"))
+
+
+def _halves(moment: Moment) -> tuple[Moment, Moment]:
+    """The moments of the first half of the outputs, and of the second."""
+    if moment.mean_y is None or moment.cross is None or moment.scatter_y is None:
+        return moment, moment  # of no rows
+    sides = zip(
+        moment.mean_y.chunk(2, -1),
+        moment.cross.chunk(2, 1),
+        moment.scatter_y.chunk(2, -1),
+        strict=True,
+    )
+    one, two = (replace(moment, mean_y=m, cross=c, scatter_y=s) for m, c, s in sides)
+    return one, two

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from fxsvd import cost
 from fxsvd import verify as validation
-from fxsvd.batches import Data
+from fxsvd.batches import Data, require_batches
 from fxsvd.capture import capture, normalize_inputs
 from fxsvd.dependency import Dependencies, analyze
 from fxsvd.edits import Plan, chain, describe_inputs, make_inputs
@@ -75,6 +75,8 @@ def compile(
     >>> small.get_submodule("0").out_features, small.report.after.parameters
     (4, 30)
     """
+    if data is not None:
+        require_batches(data)
     say = sayer(progress)
     say("capturing")
     original = graph = capture(model, example_inputs, check=verify)
@@ -126,6 +128,8 @@ def plan(
         CaptureError: the model cannot be captured.
         PlanError: options do not fit the model.
     """
+    if data is not None:
+        require_batches(data)
     graph = model if _captured(model) else capture(model, example_inputs, check=False)
     assert isinstance(graph, fx.GraphModule)  # both branches
     described = (

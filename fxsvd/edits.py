@@ -127,6 +127,18 @@ class Skip:
 
 
 @dataclass(frozen=True)
+class Left:
+    """A layer that stays as it is, and why."""
+
+    layer: str
+    why: str
+
+    def __str__(self) -> str:
+        """``fc: left (it is the network's last layer)``."""
+        return f"{self.layer}: left ({self.why})"
+
+
+@dataclass(frozen=True)
 class Plan:
     """What to do to a network, as data: printable, comparable, JSON-able.
 
@@ -139,6 +151,7 @@ class Plan:
         substitutes: layers that are replaced.
         estimates: what the edits are expected to cost.
         exact: the result computes what the original does, in eval mode.
+        left: layers that stay, with the reason.
 
     >>> plan = Plan((Remap("conv1", 4, (0, 2)),))
     >>> print(plan)
@@ -155,10 +168,11 @@ class Plan:
     substitutes: tuple[Substitute, ...] = ()
     estimates: tuple[Estimate, ...] = ()
     exact: bool = False
+    left: tuple[Left, ...] = ()
 
     def __str__(self) -> str:
-        """One line per edit and per skip."""
-        items = (*self.edits, *self.substitutes, *self.values, *self.skips)
+        """One line per edit, and per space or layer that stays."""
+        items = (*self.edits, *self.substitutes, *self.values, *self.skips, *self.left)
         lines = [str(item) for item in items]
         return "\n".join([*lines, *([f"then:\n{self.then}"] if self.then else [])])
 
@@ -187,12 +201,19 @@ def _plan(data: dict[str, Any]) -> Plan:
         _plan(data["then"]) if data["then"] else None,
         tuple(Assign(**v) for v in data["values"]),
         tuple(
-            Substitute(s["layer"], tuple(Part(**p) for p in s["parts"]), s["why"])
+            Substitute(s["layer"], tuple(map(_part, s["parts"])), s["why"])
             for s in data["substitutes"]
         ),
         tuple(Estimate(**e) for e in data["estimates"]),
         data["exact"],
+        tuple(Left(**e) for e in data.get("left", ())),
     )
+
+
+def _part(data: dict[str, Any]) -> Part:
+    """A part, with the tuples that JSON made lists of."""
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in data["options"].items()}
+    return Part(data["kind"], options, data["tensors"])
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -209,7 +230,8 @@ def _encoded(value: Any) -> Any:
     if not isinstance(value, Tensor):
         raise TypeError(f"{type(value).__name__} cannot be part of a plan")
     numbers = value.detach().cpu().contiguous()
-    text = base64.b64encode(numbers.numpy().tobytes()).decode("ascii")
+    raw = numbers.reshape(-1).view(torch.uint8).numpy().tobytes()  # NumPy knows no bfloat16
+    text = base64.b64encode(raw).decode("ascii")
     return {"base64": text, "dtype": str(numbers.dtype)[6:], "shape": list(numbers.shape)}
 
 

@@ -7,7 +7,7 @@ towards the weights W that the layer has, not to zero.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +16,19 @@ from torch import Tensor, fx
 
 from fxsvd.edits import Assign, Estimate
 from fxsvd.linalg.reconstruction import least_squares
+from fxsvd.linalg.validation import validated_ridge
 from fxsvd.moments import Moment
 from fxsvd.readers import Reader
 
 Mask = npt.NDArray[np.bool_]
 RIDGE = 1e-4
-"""Relative to the mean variance of the kept inputs."""
+"""Relative to the variance of each input."""
+RIDGES = (RIDGE, 1e-3, 1e-2, 0.1, 1.0, 10.0)
+"""Where rows are few, the one that cross-validation prefers."""
+FEW = 16
+"""Rows for each entry of a row below which they are few."""
+WIDEST = 4096
+"""Entries above which no spectrum is taken: the ridge is then the entries for each row."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,12 +40,14 @@ class Fit:
         matrices: ``[groups, out / groups, row]``.
         intercept: what is added to the outputs, ``[out]``.
         error: the variance of the outputs that is lost, relative.
+        losses: by output, that variance and the whole; None where it is not known by output.
     """
 
     reader: Reader
     matrices: Tensor
     intercept: Tensor
     error: float
+    losses: tuple[Tensor, Tensor] | None = None
 
     def weight(self) -> Tensor:
         """In the shape of the layer's weight."""
@@ -62,31 +71,40 @@ class Fit:
             return out
         return (*out, Assign(path, self.intercept, why))
 
-    def estimate(self, edit: str) -> Estimate:
-        """What the fit costs."""
-        return Estimate(self.reader.layer, edit, self.error)
+    def estimate(self, edit: str, stays: Mask | None = None) -> Estimate:
+        """What the fit costs, over the outputs that stay."""
+        error = self.error
+        if stays is not None and self.losses is not None:
+            lost, total = (float(part[torch.from_numpy(stays)].sum()) for part in self.losses)
+            error = lost / max(total, 1e-300)
+        return Estimate(self.reader.layer, edit, error)
+
+    def judged(self, moment: Moment) -> Fit:
+        """The same fit, with the error that it makes of other outputs."""
+        error = lost(moment, self.matrices)
+        return replace(self, error=error, losses=losses(moment, self.matrices))
 
 
 def own_output(reader: Reader, moment: Moment) -> Moment:
     """A moment of inputs, paired with the outputs that the layer computes of them."""
-    w, c = reader.matrices(), moment.covariance
-    cross = w @ c
-    mean = (w @ moment.mean.unsqueeze(-1)).squeeze(-1)  # type: ignore[union-attr]
+    w, n = reader.matrices(), moment.count
+    assert moment.mean is not None  # something was added
+    cross = moment.times(w)
+    mean = (w @ moment.mean.unsqueeze(-1)).squeeze(-1)
     if reader.module.bias is not None:
         mean = mean + reader.module.get_parameter("bias").detach().double().reshape(mean.shape)
-    n = moment.count
     energy = (cross * w).sum(-1).clamp(min=0)
-    return Moment(n, moment.mean, moment.scatter, mean, cross * n, energy * n, moment.batches)
+    return replace(moment, mean_y=mean, cross=cross * n, scatter_y=energy * n)
 
 
-def fit(reader: Reader, moment: Moment, alive: Mask, *, ridge: float = RIDGE) -> Fit:
+def fit(reader: Reader, moment: Moment, alive: Mask, *, ridge: float | None = None) -> Fit:
     """The least-squares map on the inputs that are alive.
 
     Args:
         reader: the layer.
         moment: of its inputs, paired with the outputs it should have.
         alive: ``[groups, row]``.
-        ridge: relative to the mean variance of the inputs that are alive.
+        ridge: relative to the variance of each input; None: ``RIDGE``, or more where rows are few.
     """
     w, covariance = reader.matrices(), moment.covariance
     assert moment.cross is not None  # paired
@@ -97,18 +115,43 @@ def fit(reader: Reader, moment: Moment, alive: Mask, *, ridge: float = RIDGE) ->
     for g in range(reader.groups):
         support = torch.from_numpy(np.flatnonzero(alive[g]))
         rest = moment.cross[g] / moment.count - w[g][:, support] @ covariance[g][support]
-        change = least_squares(covariance[g], rest, support, ridge=ridge)
+        strength = _ridge(moment, w, g, support, rest) if ridge is None else ridge
+        change = least_squares(covariance[g], rest, support, ridge=strength)
         matrices[g][:, support] = w[g][:, support] + change
     mean_hat = (matrices @ moment.mean.unsqueeze(-1)).squeeze(-1)
     intercept = (moment.mean_y - mean_hat).flatten()
-    return Fit(reader, matrices, intercept, lost(moment, matrices))
+    return Fit(reader, matrices, intercept, 0.0).judged(moment)
+
+
+def _ridge(moment: Moment, w: Tensor, g: int, support: Tensor, rest: Tensor) -> float:
+    """For the fit of one group on a support, where ``rest`` is left to explain."""
+    if moment.count >= FEW * len(support):
+        return RIDGE
+    if len(support) > WIDEST:
+        return max(RIDGE, len(support) / moment.count)
+    kept = torch.zeros_like(w[g])
+    kept[:, support] = w[g][:, support]
+    assert moment.cross is not None  # paired
+    assert moment.scatter_y is not None
+    total = float(moment.scatter_y[g].sum()) / moment.count
+    explained = 2 * float((kept * moment.cross[g]).sum()) / moment.count
+    covariance = moment.covariance[g]
+    energy = max(total - explained + float(((kept @ covariance) * kept).sum()), 0.0)
+    within = covariance[support][:, support]
+    return validated_ridge(within, rest[:, support], energy, moment.count, RIDGES)
 
 
 def lost(moment: Moment, matrices: Tensor) -> float:
     """E‖y − ŷ‖² / E‖y − E y‖² of a map ``[groups, y, x]`` with the best intercept."""
+    part, total = (float(side.sum()) for side in losses(moment, matrices))
+    return part / max(total, 1e-300)
+
+
+def losses(moment: Moment, matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """By output, E(y − ŷ)² with the best intercept, and E(y − E y)²; ``[out]`` each."""
     assert moment.cross is not None  # paired
     assert moment.scatter_y is not None
-    total = float(moment.scatter_y.sum())
-    explained = 2 * (matrices * moment.cross).sum()
-    power = ((matrices @ moment.covariance) * matrices).sum() * moment.count
-    return max(float(total - explained + power), 0.0) / max(total, 1e-300)
+    total = moment.scatter_y / moment.count
+    explained = 2 * (matrices * moment.cross).sum(-1) / moment.count
+    power = (moment.times(matrices) * matrices).sum(-1)
+    return (total - explained + power).clamp(min=0).flatten(), total.flatten()

@@ -105,7 +105,7 @@ class Narrowing:
     def assigned(self, known: Parameter, value: torch.Tensor) -> torch.Tensor:
         """The new numbers of a parameter, in its full shape; ``value`` where it has none."""
         new = self.values.get(known.names[0])
-        return value if new is None else new.to(value.device, value.dtype)
+        return value if new is None else new.to(value.device, value.dtype, copy=True)
 
     def touches(self, t: TensorType) -> bool:
         """Whether anything of the tensor goes."""

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 from fxsvd.analysis import Parameter
 from fxsvd.dependency import Dependencies
+from fxsvd.lookups import lookup, output_size, read
 from fxsvd.relations import Atoms
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -144,29 +144,7 @@ def positions(module: nn.Module, x: Tensor) -> int:
     """How many rows one sample of an input has."""
     if isinstance(module, nn.Linear):
         return int(np.prod(x.shape[1:-1], dtype=np.int64))
-    return int(np.prod(_output_size(module, x), dtype=np.int64))
-
-
-def _output_size(module: nn.Module, x: Tensor) -> list[int]:
-    conv: nn.Conv2d = module  # type: ignore[assignment]  # any of the three
-    before, after = _padding(conv)
-    sizes = x.shape[-len(conv.kernel_size) :]
-    return [
-        (n + b + a - d * (k - 1) - 1) // s + 1
-        for n, b, a, d, k, s in zip(
-            sizes, before, after, conv.dilation, conv.kernel_size, conv.stride, strict=True
-        )
-    ]
-
-
-def _padding(conv: nn.Conv2d) -> tuple[list[int], list[int]]:
-    """Zeros (or what the mode says) before and after every spatial dimension."""
-    if not isinstance(conv.padding, str):
-        return list(conv.padding), list(conv.padding)
-    if conv.padding == "valid":
-        return [0] * len(conv.kernel_size), [0] * len(conv.kernel_size)
-    total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-    return [t // 2 for t in total], [t - t // 2 for t in total]
+    return int(np.prod(output_size(module, x), dtype=np.int64))
 
 
 def input_rows(module: nn.Module, x: Tensor, where: Tensor) -> Tensor:
@@ -180,27 +158,7 @@ def input_rows(module: nn.Module, x: Tensor, where: Tensor) -> Tensor:
     Returns:
         ``[rows, groups, row]``; of a convolution's patches only these are ever made.
     """
-    if isinstance(module, nn.Linear):
-        return x.reshape(-1, x.shape[-1])[where].unsqueeze(1)
-    conv: nn.Conv2d = module  # type: ignore[assignment]  # any of the three
-    size = _output_size(conv, x)
-    windows = _windows(conv, x)
-    index = torch.unravel_index(where, (x.shape[0], *size))
-    picked = _at(windows, index)
-    return picked.reshape(len(where), conv.groups, -1)
-
-
-def _windows(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """A view of the padded input: ``[batch, channels, *positions, *kernel]``."""
-    before, after = _padding(conv)
-    if any(before) or any(after):
-        pads = [n for pair in zip(reversed(before), reversed(after), strict=True) for n in pair]
-        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-        x = F.pad(x, pads, mode=mode)
-    geometry = zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)
-    for i, (k, s, d) in enumerate(geometry):
-        x = x.unfold(2 + i, d * (k - 1) + 1, s)[..., ::d]
-    return x
+    return read(module, x, lookup(module, x, where))
 
 
 def output_rows(module: nn.Module, y: Tensor, where: Tensor) -> Tensor:

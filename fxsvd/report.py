@@ -70,7 +70,8 @@ class Report:
 
     def __str__(self) -> str:
         """The report as a table."""
-        parts = (self._totals(), self._space_lines(), self._site_lines(), self._frozen_lines())
+        tables = (self._totals(), self._space_lines(), self._site_lines())
+        parts = (*tables, self._frozen_lines(), self._left_lines())
         return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
     def to_json(self) -> str:
@@ -104,9 +105,17 @@ class Report:
         ]
 
     def _frozen_lines(self) -> list[str]:
-        rows = [r for r in self.spaces if r.after == r.before]
+        rows = [r for r in self.spaces if r.after == r.before and r.why]
         lines = [f"  {r.name} ({r.before}): {r.why}" for r in rows]
         return ["not narrowed:", *lines] if rows else []
+
+    def _left_lines(self) -> list[str]:
+        lines, stage = [], self.plan
+        while True:
+            lines += [f"  {left.layer}: {left.why}" for left in stage.left]
+            if stage.then is None:
+                return ["layers left as they are:", *dict.fromkeys(lines)] if lines else []
+            stage = stage.then
 
     def _site_lines(self) -> list[str]:
         width = max((len(s.layer) for s in self.sites), default=5)
@@ -136,7 +145,9 @@ def layer_rows(before: fx.GraphModule, after: fx.GraphModule) -> tuple[LayerRow,
 def _layer_row(name: str, before: nn.Module, after: nn.Module | None) -> LayerRow:
     kind = type(before).__name__
     same = after is not None and _own(after) > 0
-    parts = () if same or after is None else tuple(map(_weight_shape, after.children()))
+    parts = (
+        () if same or after is None else tuple(map(_weight_shape, filter(_own, after.modules())))
+    )
     return LayerRow(
         name or kind,
         kind,

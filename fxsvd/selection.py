@@ -1,8 +1,9 @@
-"""Which channels of a group reconstruct best: scores from the moments of all that read them."""
+"""What a selection has to solve: every layer that reads channels, as least squares on moments."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,40 @@ from torch import Tensor
 
 from fxsvd.coupling import Group
 from fxsvd.dependency import Dependencies
+from fxsvd.fit import Fit, Mask, lost, own_output
 from fxsvd.importance import Scores
-from fxsvd.linalg.elimination import backward_elimination, forward_selection
-from fxsvd.linalg.lasso import support_of_width
-from fxsvd.linalg.reconstruction import Reconstruction
+from fxsvd.linalg.reconstruction import RIDGE, Reconstruction, cholesky, standardize
 from fxsvd.moments import Moment
 from fxsvd.readers import Reader
 from fxsvd.relations import Atoms
+
+
+@dataclass(frozen=True, eq=False)
+class Posed:
+    """The problem of one layer (of one group of it), and how its solution becomes a weight.
+
+    Attributes:
+        layer: the layer.
+        group: which of its groups.
+        support: the entries of a row that are there to choose from or stay anyway.
+        scale: what weight each output has in the problem.
+        basis: of the outputs, where the problem is posed in fewer; else None.
+        problem: in the scaled outputs (or the basis of these).
+    """
+
+    layer: str
+    group: int
+    support: Tensor
+    scale: Tensor
+    basis: Tensor | None
+    problem: Reconstruction
+
+    def weight(self, m: Tensor, old: Tensor) -> Tensor:
+        """A solution as the layer's weight ``[out, row]``; outputs of no weight keep their rows."""
+        new = torch.zeros_like(old)
+        scale = torch.where(self.scale > 0, self.scale, 1.0).unsqueeze(1)
+        new[:, self.support] = (m if self.basis is None else self.basis @ m) / scale
+        return torch.where((self.scale > 0).unsqueeze(1), new, old)
 
 
 class Selection:
@@ -31,6 +59,7 @@ class Selection:
 
     Attributes:
         kept: a bool per channel, and one more for what nobody may narrow.
+        solved: the weights of a lasso by layer, where one was solved to choose.
     """
 
     def __init__(
@@ -43,47 +72,94 @@ class Selection:
         self.deps, self.reading, self.moments = deps, reading, moments
         self.outputs_that_stay = outputs_that_stay
         self.kept = np.ones(deps.channels.count + 1, dtype=bool)
+        self.solved: dict[str, Tensor] = {}
 
     def problems(self, channels: Atoms) -> list[Reconstruction]:
         """A reconstruction problem for every layer (and group of it) that reads the channels.
 
         Outputs weigh as much as the batch norm behind them lets through.
         """
+        return [posed.problem for posed in self.posed(channels)]
+
+    def posed(self, channels: Atoms) -> list[Posed]:
+        """The same, with what makes a weight of a solution."""
         out = []
         for name, reader in self.reading.items():
             if np.isin(reader.channels, channels).any():
-                weighted = self._weighted(reader)
+                scale = self._scale(reader)
                 for g, entries in enumerate(reader.entries()):
-                    problem = self._problem(
-                        weighted[g], self.moments[name].covariance[g], entries, channels
-                    )
-                    out += [] if problem is None else [problem]
+                    posed = self._posed(name, g, scale[g], entries, channels)
+                    out += [] if posed is None else [posed]
         return out
 
-    def _problem(
-        self, w: Tensor, covariance: Tensor, entries: Atoms, channels: Atoms
-    ) -> Reconstruction | None:
+    def _posed(
+        self, name: str, g: int, scale: Tensor, entries: Atoms, channels: Atoms
+    ) -> Posed | None:
         stays = np.flatnonzero(self.kept[entries])
         groups = entry_groups(entries[stays], channels)
         if (groups < 0).all():
             return None
         support = torch.from_numpy(stays)
-        w = torch.linalg.qr(w, mode="r").R if len(w) > w.shape[1] else w
-        cross = w @ covariance
-        energy = max(0.0, float((cross * w).sum()))
-        return Reconstruction(covariance[support][:, support], cross[:, support], energy, groups)
+        covariance = self.moments[name].covariance[g]
+        cross, energy, basis = self._cross(name, g, scale.unsqueeze(1), covariance)
+        within = covariance if len(stays) == len(entries) else covariance[support][:, support]
+        problem = Reconstruction(within, cross[:, support], energy, groups)
+        return Posed(name, g, support, scale, basis, problem)
 
-    def _weighted(self, reader: Reader) -> Tensor:
-        """The weight as ``[groups, out / groups, row]``, each output scaled by its importance."""
-        w = reader.matrices()
-        scale = torch.ones(w.shape[0] * w.shape[1], dtype=w.dtype)
+    def _cross(
+        self, name: str, g: int, scale: Tensor, covariance: Tensor
+    ) -> tuple[Tensor, float, Tensor | None]:
+        """E[y xᵀ] and E‖y‖² of the scaled targets: those in the moment, or the layer's outputs."""
+        moment = self.moments[name]
+        if moment.cross is not None and moment.scatter_y is not None:
+            cross = moment.cross[g] / moment.count * scale
+            power = moment.scatter_y[g].unsqueeze(1) / moment.count * scale.square()
+            energy = float(power.sum())
+        else:
+            w = self.reading[name].matrices()[g] * scale
+            cross = w @ covariance
+            energy = max(0.0, float((cross * w).sum()))
+        if len(cross) <= cross.shape[1]:
+            return cross, energy, None
+        basis, cross = torch.linalg.qr(cross)
+        return cross, energy, basis
+
+    def _scale(self, reader: Reader) -> Tensor:
+        """How much each output counts, ``[groups, out / groups]``."""
+        shape = reader.matrices().shape[:2]
+        scale = torch.ones(shape[0] * shape[1], dtype=torch.float64)
         if reader.norm is not None:
             norm: Any = self.deps.analysis.graph.get_submodule(reader.norm)
             scale = (norm.running_var + norm.eps).double().rsqrt()
             scale = scale if norm.weight is None else scale * norm.weight.detach().double().abs()
         if self.outputs_that_stay:
             scale = scale * torch.from_numpy(self._outputs_kept(reader))
-        return w * scale.reshape(w.shape[0], w.shape[1], 1)
+        return scale.reshape(shape)
+
+    def remember(self, posed: list[Posed], m: Tensor) -> None:
+        """Keep a solution of problems ``stacked`` as weights."""
+        rows = columns = 0
+        for part in posed:
+            (height, width) = part.problem.ryx.shape
+            block = m[rows : rows + height, columns : columns + width]
+            rows, columns = rows + height, columns + width
+            weights = self.solved.setdefault(
+                part.layer, self.reading[part.layer].matrices().clone()
+            )
+            weights[part.group] = part.weight(block, weights[part.group])
+
+    def shrunken(self, alive: Mapping[str, Mask]) -> list[Fit]:
+        """The lasso's own weights, by layer with the entries that are left of its rows."""
+        return [self._shrunken(name, mask) for name, mask in alive.items() if name in self.solved]
+
+    def _shrunken(self, name: str, mask: Mask) -> Fit:
+        reader = self.reading[name]
+        moment = own_output(reader, self.moments[name])
+        assert moment.mean is not None
+        assert moment.mean_y is not None
+        m = self.solved[name] * torch.from_numpy(mask).unsqueeze(1)
+        intercept = (moment.mean_y - (m @ moment.mean.unsqueeze(-1)).squeeze(-1)).flatten()
+        return Fit(reader, m, intercept, lost(moment, m))
 
     def _outputs_kept(self, reader: Reader) -> Scores:
         block = reader.weight.type.touches((0,))
@@ -109,40 +185,6 @@ def entry_groups(entries: Atoms, channels: Atoms) -> Tensor:
     return torch.from_numpy(out)
 
 
-def by_elimination(selection: Selection, group: Group, share: float) -> Scores:
-    """Channels that go later score higher."""
-    return _ranked(selection, group, lambda problems, width: backward_elimination(problems).order)
-
-
-def by_addition(selection: Selection, group: Group, share: float) -> Scores:
-    """Channels that come earlier score higher."""
-    return _ranked(
-        selection, group, lambda problems, width: forward_selection(problems, width).flip(0)
-    )
-
-
-def _ranked(
-    selection: Selection, group: Group, order: Callable[[list[Reconstruction], int], Tensor]
-) -> Scores:
-    scores: Scores = np.zeros(selection.deps.channels.count)
-    for channels in _by_space(selection.deps, group):
-        problems = selection.problems(channels)
-        ranks = order(problems, len(channels)).cpu().numpy()
-        scores[channels[ranks]] = np.arange(len(ranks))
-    return scores
-
-
-def by_lasso(selection: Selection, group: Group, share: float) -> Scores:
-    """Channels of the support at the wanted width, by the norms of their coefficients."""
-    scores: Scores = np.zeros(selection.deps.channels.count)
-    for channels in _by_space(selection.deps, group):
-        problem = stacked(selection.problems(channels))
-        width = max(1, round(share * len(channels)))
-        support = support_of_width(problem, width).cpu().numpy()
-        scores[channels] = support
-    return scores
-
-
 def stacked(problems: list[Reconstruction]) -> Reconstruction:
     """Several problems as one: each relative to its energy, their coefficients side by side."""
     if len(problems) == 1:
@@ -157,14 +199,45 @@ def stacked(problems: list[Reconstruction]) -> Reconstruction:
     return Reconstruction(r, ryx, float(len(problems)), torch.cat(groups, dim=1))
 
 
-def _by_space(deps: Dependencies, group: Group) -> list[Atoms]:
-    channels = group.channels
-    space = deps.space_of[channels]
-    return [channels[space == s] for s in np.unique(space)]
+def errors_without(problem: Reconstruction, *, ridge: float = RIDGE) -> Tensor:
+    """Relative errors of the best fits without the first channel, the first two, and so on.
+
+    With the channels in reverse, leading blocks of one Cholesky factor L are the factors of all
+    these fits, and E‖y‖² − Σ ‖(L⁻¹ R_xy)_i‖² over the entries i that are left is their error.
+
+    >>> each = torch.arange(3)[:, None]
+    >>> problem = Reconstruction.of_weight(torch.tensor([[0.0, 1.0, 2.0]]), torch.eye(3), each)
+    >>> errors_without(problem, ridge=0.0)
+    tensor([0.0000, 0.2000, 1.0000], dtype=torch.float64)
+    """
+    free = (problem.owner == len(problem.groups)).nonzero()[:, 0]
+    turned = problem.groups.flip(0)
+    order = torch.cat([free, turned[turned >= 0]])
+    matrix, scale = standardize(problem.r[order][:, order])
+    half = torch.linalg.solve_triangular(
+        cholesky(matrix, ridge), (problem.ryx[:, order] * scale).T, upper=False
+    )
+    explained = torch.cat([half.new_zeros(1), half.square().sum(dim=1).cumsum(0)])
+    used = len(free) + (turned >= 0).sum(dim=1).cumsum(0)
+    left = torch.cat([used.new_tensor([len(free)]), used[:-1]]).flip(0)
+    if problem.energy == 0:
+        return torch.zeros(len(left), dtype=torch.float64)
+    return (1 - explained[left] / problem.energy).clamp(min=0)
 
 
-METHODS: dict[str, Callable[[Selection, Group, float], Scores]] = {
-    "backward": by_elimination,
-    "forward": by_addition,
-    "lasso": by_lasso,
-}
+def readable(
+    deps: Dependencies, live: list[tuple[Group, float]], found: dict[str, Reader]
+) -> tuple[list[tuple[Group, float]], dict[int, str]]:
+    """Groups all of whose spaces some reader contracts; why the others stay."""
+    read = np.zeros(deps.channels.count + 1, dtype=bool)
+    for reader in found.values():
+        read[reader.channels] = True
+    read[-1] = False
+    good = [(g, ratio) for g, ratio in live if read[g.channels].all()]
+    bad = {
+        int(i)
+        for g, _ in live
+        if not read[g.channels].all()
+        for i in np.unique(deps.space_of[g.channels])
+    }
+    return good, dict.fromkeys(bad, "no layer that could be refitted reads it")

@@ -70,7 +70,7 @@ def build(part: Part, like: Tensor) -> nn.Module:
     """
     if part.kind not in KINDS:
         raise PlanError(f"a plan may hold layers of {sorted(KINDS)}, not {part.kind!r}")
-    module = KINDS[part.kind](**_tuples(part.options), device="meta")
+    module = KINDS[part.kind](**part.options, device="meta")
     for name, value in part.tensors.items():
         expected = getattr(module, name, None)
         if not isinstance(expected, nn.Parameter) or expected.shape != value.shape:
@@ -80,9 +80,14 @@ def build(part: Part, like: Tensor) -> nn.Module:
     return module
 
 
-def _tuples(options: dict[str, Any]) -> dict[str, Any]:
-    """JSON has lists only."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+def in_full(graph: fx.GraphModule, edits: Iterable[Substitute]) -> None:
+    """Give the substitutes in a float64 copy of a graph the numbers of the plan, not rounded."""
+    for edit in edits:
+        parts = graph.get_submodule(edit.layer).children() if edit.parts else ()
+        for part, module in zip(edit.parts, parts, strict=True):
+            for name, value in part.tensors.items():
+                held = module.get_parameter(name)
+                held.data = value.to(held.device, held.dtype)
 
 
 def substitute(graph: fx.GraphModule, edit: Substitute) -> None:
@@ -96,8 +101,10 @@ def substitute(graph: fx.GraphModule, edit: Substitute) -> None:
         raise PlanError(f"the network calls no layer {edit.layer!r}: the plan is for another one")
     if not edit.parts:
         for node in calls:
-            node.replace_all_uses_with(node.all_input_nodes[0])
+            (value, *_), users = node.all_input_nodes, list(node.users)
+            node.replace_all_uses_with(value)
             graph.graph.erase_node(node)
+            _refresh(graph, users)
         graph.delete_submodule(edit.layer)
         return
     old = graph.get_submodule(edit.layer)
@@ -122,6 +129,34 @@ def _chain_calls(graph: fx.GraphModule, node: fx.Node, layer: str, chain: nn.Seq
     node.target = f"{layer}.{len(chain) - 1}"
 
 
+def _refresh(graph: fx.GraphModule, nodes: list[fx.Node]) -> None:
+    """Shapes behind a layer that is gone, as far as nothing but movement is reached."""
+    for node in nodes:
+        before = node.meta.get("val")
+        if not isinstance(before, Tensor) or not _moves(graph, node):
+            continue
+        given: Any = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        args, kwargs = given
+        value = args[0]
+        with value.fake_mode, torch.no_grad():
+            if node.op == "call_module":
+                after = graph.get_submodule(str(node.target))(*args, **kwargs)
+            elif node.op == "call_method":
+                after = getattr(value, str(node.target))(*args[1:], **kwargs)
+            else:
+                after = node.target(*args, **kwargs)  # type: ignore[operator]
+        if tuple(after.shape) != tuple(before.shape):
+            node.meta["val"] = after
+            _refresh(graph, list(node.users))
+
+
+def _moves(graph: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        module = graph.get_submodule(str(node.target))
+        return isinstance(module, nn.Flatten | nn.Identity | nn.modules.dropout._DropoutNd)
+    return node.target in (torch.flatten, "flatten")
+
+
 def _shape_behind(module: nn.Module, value: Any) -> Tensor:
     """What a layer makes of a fake tensor (in its own world of symbolic sizes)."""
     with value.fake_mode, torch.no_grad():
@@ -141,7 +176,12 @@ def merged(chain: Iterable[nn.Module]) -> tuple[Tensor, Tensor | None]:
             one convolution, shared out among them.
 
     Returns:
-        The weight in float64, ``[out, in]`` or ``[out, in, *kernel]``, and the bias, if any.
+        The weight in float64, ``[out, in]`` or ``[out, in / groups, *kernel]``, and the bias, if
+        any. Groups are those that all the layers respect: the greatest common divisor of theirs.
+
+    >>> pair = nn.Conv2d(4, 2, 3, groups=2, bias=False), nn.Conv2d(2, 4, 1, groups=2, bias=False)
+    >>> merged(pair)[0].shape
+    torch.Size([4, 2, 3, 3])
     """
     layers = [copy.deepcopy(layer).double() for layer in chain]
     with torch.no_grad():
@@ -151,14 +191,30 @@ def merged(chain: Iterable[nn.Module]) -> tuple[Tensor, Tensor | None]:
             for layer in layers[1:]:
                 weight = layer.get_parameter("weight").detach() @ weight
             return weight, bias
-        return _impulse_response(layers), bias
+        return _one_block_each(_impulse_response(layers), common_groups(layers)), bias
+
+
+def common_groups(layers: Iterable[nn.Module]) -> int:
+    """The groups of the one convolution that a chain of convolutions makes.
+
+    >>> common_groups([nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 3, groups=4)])
+    4
+    """
+    return math.gcd(*(int(getattr(layer, "groups", 1)) for layer in layers))
+
+
+def _one_block_each(weight: Tensor, groups: int) -> Tensor:
+    """Of a dense kernel that is zero between groups, what is not."""
+    out, into, *kernel = weight.shape
+    blocks = weight.reshape(groups, out // groups, groups, into // groups, *kernel)
+    return torch.cat([blocks[g, :, g] for g in range(groups)])
 
 
 def _response_to_nothing(layers: list[nn.Module]) -> Tensor | None:
     if all(layer.bias is None for layer in layers):
         return None
     first: Any = layers[0]
-    channels = first.in_features if isinstance(first, nn.Linear) else first.in_channels
+    channels = first.weight.shape[1] * int(getattr(first, "groups", 1))
     return _without_padding(layers, first.weight.new_zeros(1, channels, *_kernel(layers))).flatten()
 
 

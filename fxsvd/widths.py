@@ -1,8 +1,9 @@
-"""How wide the spaces get: ratios by name, equal shares or a global ranking, multiples, a plan."""
+"""How wide the spaces get: a goal by name, equal shares or a global ranking, multiples, a plan."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,68 @@ from fxsvd.naming import Name, by_name, spaces_named
 from fxsvd.relations import Atoms
 
 Ratio = float | Mapping[str, float]
+Widths = int | Mapping[str, int]
+BOUNDS = {
+    "ratio": "the fraction removed, in [0, 1)",
+    "width": "the number of channels kept, 1 or more",
+    "penalty": "relative to the least that empties a space, in [0, 1]",
+    "error": "the share of an output's variance that may be lost, in [0, 1)",
+}
+
+
+@dataclass(frozen=True)
+class WidthGoal:
+    """How wide spaces get, said in one way.
+
+    Attributes:
+        by: ``"ratio"``, ``"width"``, ``"penalty"`` or ``"error"``, see ``BOUNDS``.
+        value: a number, or a mapping from name patterns to numbers.
+
+    Raises:
+        PlanError: a number is out of bounds.
+    """
+
+    by: str
+    value: float | Mapping[str, float]
+
+    @classmethod
+    def of(cls, **options: float | Mapping[str, float] | None) -> WidthGoal:
+        """The one option that is given.
+
+        Raises:
+            PlanError: none is, or several are, or its numbers are out of bounds.
+
+        >>> WidthGoal.of(ratio=None, width=12)
+        WidthGoal(by='width', value=12)
+        """
+        given = [(by, value) for by, value in options.items() if value is not None]
+        if len(given) != 1:
+            found = " and ".join(by for by, _ in given) or "none"
+            raise PlanError(f"give exactly one of {', '.join(options)}: {found} was given")
+        return cls(*given[0])
+
+    def __post_init__(self) -> None:
+        numbers = self.value.values() if isinstance(self.value, Mapping) else (self.value,)
+        for number in numbers:
+            if not self._fits(number):
+                raise PlanError(f"{self.by} is {BOUNDS[self.by]}; got {number}")
+
+    def _fits(self, number: float) -> bool:
+        if self.by == "width":
+            return number >= 1 and float(number).is_integer()
+        return 0 <= number < 1 or (self.by == "penalty" and number == 1)
+
+    def per_space(
+        self, deps: Dependencies, only: tuple[Name, ...], ignore: tuple[Name, ...]
+    ) -> tuple[Scores, dict[int, str]]:
+        """A number per space (0 where it stays; of a width the ratio), and why it is 0."""
+        numbers, why = wanted_numbers(deps, self.value, only, ignore, self.by)
+        if self.by != "width":
+            return numbers, why
+        have = np.array([space.width for space in deps.spaces] + [1])
+        ratios: Scores = np.where(numbers > 0, 1 - numbers / have, 0.0).clip(min=0)
+        wide = np.flatnonzero((numbers > 0) & (ratios == 0))
+        return ratios, why | {int(i): "it is no wider than `width`" for i in wide}
 
 
 def require_ratio(ratio: Ratio) -> None:
@@ -23,9 +86,7 @@ def require_ratio(ratio: Ratio) -> None:
     Raises:
         PlanError: one is not.
     """
-    for value in ratio.values() if isinstance(ratio, Mapping) else (ratio,):
-        if not 0 <= value < 1:
-            raise PlanError(f"ratio is the fraction removed, in [0, 1); got {value}")
+    WidthGoal("ratio", ratio)
 
 
 def require_multiple(round_to: int) -> None:
@@ -42,20 +103,31 @@ def wanted_ratios(
     deps: Dependencies, ratio: Ratio, only: tuple[Name, ...], ignore: tuple[Name, ...]
 ) -> tuple[Scores, dict[int, str]]:
     """A ratio per space, and why it is 0 where it is."""
-    ratios: Scores = np.zeros(len(deps.spaces) + 1)
-    if isinstance(ratio, Mapping):
-        wanted: dict[int, float] = by_name(deps, ratio)
-        why = "no pattern of `ratio` matches it"
+    return wanted_numbers(deps, ratio, only, ignore, "ratio")
+
+
+def wanted_numbers(
+    deps: Dependencies,
+    value: float | Mapping[str, float],
+    only: tuple[Name, ...],
+    ignore: tuple[Name, ...],
+    option: str,
+) -> tuple[Scores, dict[int, str]]:
+    """A number per space, given for all or by name as an option, and why it is 0 where it is."""
+    numbers: Scores = np.zeros(len(deps.spaces) + 1)
+    if isinstance(value, Mapping):
+        wanted: dict[int, float] = by_name(deps, value)
+        why = f"no pattern of `{option}` matches it"
     else:
-        wanted, why = dict.fromkeys(range(len(deps.spaces)), float(ratio)), "ratio is 0"
+        wanted, why = dict.fromkeys(range(len(deps.spaces)), float(value)), f"{option} is 0"
     if only:
         named = spaces_named(deps, only)
-        wanted, why = {i: r for i, r in wanted.items() if i in named}, "not in `only`"
+        wanted, why = {i: n for i, n in wanted.items() if i in named}, "not in `only`"
     ignored = spaces_named(deps, ignore)
-    for i, share in wanted.items():
-        ratios[i] = 0 if i in ignored else share
-    stay = (i for i in range(len(deps.spaces)) if ratios[i] == 0)
-    return ratios, {i: "in `ignore`" if i in ignored else why for i in stay}
+    for i, number in wanted.items():
+        numbers[i] = 0 if i in ignored else number
+    stay = (i for i in range(len(deps.spaces)) if numbers[i] == 0)
+    return numbers, {i: "in `ignore`" if i in ignored else why for i in stay}
 
 
 def local_counts(ranked: list[list[Atoms]], ratios: list[float]) -> list[int]:

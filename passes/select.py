@@ -7,35 +7,32 @@ needed (D. A. R. Robin, S. Jain, *Linear Neural Reconstruction*, 2019).
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 
 from fxsvd.batches import Data
 from fxsvd.calibrate import Positions, calibrate
-from fxsvd.chained import alive, refit_chained
+from fxsvd.chained import downstream, refit_chained
+from fxsvd.choosing import METHODS, leaving
 from fxsvd.coupling import Group
 from fxsvd.dependency import Dependencies
 from fxsvd.edits import Plan
 from fxsvd.errors import PlanError
-from fxsvd.fit import Fit, fit, own_output
+from fxsvd.fit import Fit, Mask, fit, own_output
 from fxsvd.importance import require_numbers
 from fxsvd.moments import Moment
 from fxsvd.naming import Name
 from fxsvd.narrowing import Narrowing
+from fxsvd.postponed import postponable
 from fxsvd.progress import Say, quiet
 from fxsvd.readers import Reader, readers
-from fxsvd.selection import METHODS, Selection
-from fxsvd.widths import (
-    Ratio,
-    as_plan,
-    local_counts,
-    require_multiple,
-    require_ratio,
-    rounded,
-    wanted_ratios,
-)
+from fxsvd.selection import Selection, readable
+from fxsvd.widths import Ratio, WidthGoal, Widths, as_plan, require_multiple, rounded
 
 CHAININGS = ("parallel", "top-down", "bottom-up", "bottom-up+refit")
 
@@ -44,17 +41,24 @@ CHAININGS = ("parallel", "top-down", "bottom-up", "bottom-up+refit")
 class Select:
     """Keep the channels that reconstruct best, and refit their readers by least squares.
 
+    Exactly one of ``ratio``, ``width``, ``penalty`` and ``error`` says how many: a number for all
+    spaces, or a mapping from name patterns to numbers (the first that matches a producer counts,
+    other spaces stay).
+
     Attributes:
-        ratio: the fraction of channels removed, in [0, 1); or a mapping from name patterns to
-            fractions (the first that matches a producer counts, other spaces stay).
+        ratio: the fraction of channels removed, in [0, 1).
+        width: the number of channels kept; spaces that have no more stay.
+        penalty: of the lasso, relative to the least that empties a space, in [0, 1]: its support.
+        error: as few channels as let no reader, refitted, lose a larger share of its output's
+            variance, in [0, 1).
         method: ``"backward"`` eliminates channels by their exact cost, ``"forward"`` adds them by
             their exact gain, ``"lasso"`` takes the support of a group lasso.
         chaining: ``"parallel"``: every layer is fitted to the original's inputs; ``"top-down"``: to
             the inputs that the compressed network gives it; ``"bottom-up"``: channels are chosen to
             reconstruct only the outputs that stay; ``"bottom-up+refit"``: chosen bottom-up, fitted
             top-down.
-        debias: refit after the choice; without it the readers keep what their weights were (for
-            the lasso: the shrunken coefficients).
+        debias: refit after the choice; without it the readers keep what their weights were (with
+            ``penalty``: they get the lasso's own, shrunken weights, whatever the chaining).
         round_to: widths become multiples of this.
         only: names, glob patterns or modules; a space is meant by any of its producers.
         ignore: likewise, spaces that stay.
@@ -70,7 +74,10 @@ class Select:
     'bottom-up+refit'
     """
 
-    ratio: Ratio = 0.5
+    ratio: Ratio | None = None
+    width: Widths | None = None
+    penalty: Ratio | None = None
+    error: Ratio | None = None
     method: Literal["backward", "forward", "lasso"] = "backward"
     chaining: Literal["parallel", "top-down", "bottom-up", "bottom-up+refit"] = "bottom-up+refit"
     debias: bool = True
@@ -82,11 +89,19 @@ class Select:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_ratio(self.ratio)
+        goal = self._goal
         require_multiple(self.round_to)
         for value, known in ((self.method, tuple(METHODS)), (self.chaining, CHAININGS)):
             if value not in known:
                 raise PlanError(f"there is no {value!r}; there are {known}")
+        if goal.by == "penalty" and self.method != "lasso":
+            raise PlanError("a penalty is the lasso's: give method='lasso', or ratio, width, error")
+
+    @property
+    def _goal(self) -> WidthGoal:
+        return WidthGoal.of(
+            ratio=self.ratio, width=self.width, penalty=self.penalty, error=self.error
+        )
 
     def propose(self, deps: Dependencies, data: Data = None, say: Say = quiet) -> Plan:
         """The plan; nothing is touched.
@@ -102,14 +117,14 @@ class Select:
         if data is None:
             raise PlanError("Select reconstructs activations: give compile(…, data=batches)")
         require_numbers(deps)
-        ratios, why = wanted_ratios(deps, self.ratio, self.only, self.ignore)
+        numbers, why = self._goal.per_space(deps, self.only, self.ignore)
         found = {name: r for name, r in readers(deps).items() if not r.depthwise}
         live = [
-            (g, share)
+            (g, number)
             for g in deps.groups
-            if (share := float(ratios[deps.space_of[g.channels]].min())) > 0
+            if (number := float(numbers[deps.space_of[g.channels]].min())) > 0
         ]
-        live, unread = _readable(deps, live, found)
+        live, unread = readable(deps, live, found)
         why |= unread
         touched = np.zeros(deps.channels.count + 1, dtype=bool)
         for group, _ in live:
@@ -118,90 +133,96 @@ class Select:
         moments = calibrate(
             deps, data, layers=reading, positions=self.positions, seed=self.seed, say=say
         )
-        kept = self._choose(deps, live, Selection(deps, reading, moments, self._bottom_up), say)
-        plan = as_plan(deps, kept, why, "rounding or coupling leaves nothing to remove")
-        fits = self._refit(deps, plan, found, moments, data, say) if self.debias else []
+        selection = Selection(deps, reading, moments, self._bottom_up)
+        work = _Work(deps, data, found, live, selection, say)
+        self._choose(work, range(len(live)))
+        fits = self._chained(work) if self.debias and self._top_down else self._fits(work)
+        left = "its goal, rounding or coupling leaves nothing to remove"
+        plan = as_plan(deps, selection.kept[:-1], why, left)
+        narrowing = Narrowing.of(deps, plan)
         return replace(
             plan,
             values=tuple(a for f in fits for a in f.assigns(deps.analysis.graph)),
-            estimates=tuple(f.estimate("select") for f in fits),
+            estimates=tuple(
+                f.estimate("select", narrowing.along(f.reader.weight.type, 0)) for f in fits
+            ),
         )
 
     @property
     def _bottom_up(self) -> bool:
         return self.chaining.startswith("bottom-up")
 
-    def _choose(
-        self,
-        deps: Dependencies,
-        live: list[tuple[Group, float]],
-        selection: Selection,
-        say: Say,
-    ) -> np.ndarray:
-        """Which channels stay, decided group by group."""
-        for group, ratio in reversed(live) if self._bottom_up else live:
-            say(f"selecting {deps.spaces[deps.space_of[group.channels[0]]].name}")
-            scores = METHODS[self.method](selection, group, 1 - ratio)
-            ranked = group.ranked(scores)
-            steps = ranked[: local_counts([ranked], [ratio])[0]]
-            for channels in steps[: rounded(steps, self.round_to, deps)]:
-                selection.kept[channels] = False
-        return selection.kept[:-1]
+    @property
+    def _top_down(self) -> bool:
+        return self.chaining in ("top-down", "bottom-up+refit")
 
-    def _refit(
-        self,
-        deps: Dependencies,
-        plan: Plan,
-        found: dict[str, Reader],
-        moments: dict[str, Moment],
-        data: Data,
-        say: Say,
-    ) -> list[Fit]:
-        assert data is not None  # checked
-        narrowing = Narrowing.of(deps, plan)
-        loses = {n: r for n, r in found.items() if not alive(r, deps, narrowing).all()}
-        if self.chaining in ("parallel", "bottom-up"):
-            return [
-                fit(r, own_output(r, moments[n]), alive(r, deps, narrowing))
-                for n, r in loses.items()
-            ]
-        wanted = _downstream(deps, found, loses) if self.everywhere else loses
+    def _choose(self, work: _Work, numbers: Sequence[int]) -> None:
+        """Decide which channels stay, group by group."""
+        by = "ratio" if self._goal.by == "width" else self._goal.by
+        for i in reversed(numbers) if self._bottom_up else numbers:
+            group, number = work.live[i]
+            work.say(f"selecting {work.deps.spaces[work.deps.space_of[group.channels[0]]].name}")
+            steps = leaving(work.selection, group, method=self.method, by=by, number=number)
+            for channels in steps[: rounded(steps, self.round_to, work.deps)]:
+                work.selection.kept[channels] = False
+
+    def _fits(self, work: _Work) -> list[Fit]:
+        """Every layer for itself, on the inputs that the original gives it."""
+        loses = work.losing()
+        if not self.debias:
+            return work.selection.shrunken(loses)
+        moments = work.selection.moments
+        return [
+            fit(work.found[n], own_output(work.found[n], moments[n]), mask)
+            for n, mask in loses.items()
+        ]
+
+    def _chained(self, work: _Work) -> list[Fit]:
+        """One layer after the other; channels that one layer reads are chosen again on the way."""
+        late = postponable(work.deps, [group for group, _ in work.live], work.found)
+        wanted = {n: work.found[n] for n in work.found if n in work.losing() or n in late}
+        if self.everywhere:
+            wanted = downstream(work.deps, work.found, wanted)
+        early = work.selection.kept[:-1].copy()
+        for i in itertools.chain(*late.values()):
+            early[work.live[i][0].channels] = True
         return list(
             refit_chained(
-                deps, narrowing, wanted, data, positions=self.positions, seed=self.seed, say=say
+                work.deps,
+                Narrowing.of(work.deps, as_plan(work.deps, early, {}, "")),
+                wanted,
+                work.data,
+                choosing={n: partial(self._choose_late, work, late[n], n) for n in late},
+                positions=self.positions,
+                seed=self.seed,
+                say=work.say,
             )
         )
 
-
-def _downstream(
-    deps: Dependencies, found: dict[str, Reader], loses: dict[str, Reader]
-) -> dict[str, Reader]:
-    """The layers from the first that loses an input on, called once each."""
-    first = {r.calls[0] for r in loses.values()}
-    changed = set()
-    for node in deps.analysis.graph.graph.nodes:
-        if node in first or any(n in changed for n in node.all_input_nodes):
-            changed.add(node)
-    return {
-        n: r
-        for n, r in found.items()
-        if n in loses or (len(r.calls) == 1 and r.calls[0] in changed)
-    }
+    def _choose_late(self, work: _Work, numbers: list[int], layer: str, moment: Moment) -> Mask:
+        reader, before = work.found[layer], work.selection
+        now = Selection(work.deps, {layer: reader}, {layer: moment}, self._bottom_up)
+        now.kept = before.kept  # shared: what goes, goes for both
+        for i in numbers:
+            now.kept[work.live[i][0].channels] = True
+        self._choose(replace(work, selection=now), numbers)
+        mask: Mask = now.kept[reader.entries()]
+        return mask
 
 
-def _readable(
-    deps: Dependencies, live: list[tuple[Group, float]], found: dict[str, Reader]
-) -> tuple[list[tuple[Group, float]], dict[int, str]]:
-    """Groups all of whose spaces some reader contracts; why the others stay."""
-    read = np.zeros(deps.channels.count + 1, dtype=bool)
-    for reader in found.values():
-        read[reader.channels] = True
-    read[-1] = False
-    good = [(g, ratio) for g, ratio in live if read[g.channels].all()]
-    bad = {
-        int(i)
-        for g, _ in live
-        if not read[g.channels].all()
-        for i in np.unique(deps.space_of[g.channels])
-    }
-    return good, dict.fromkeys(bad, "no layer that could be refitted reads it")
+@dataclass(frozen=True)
+class _Work:
+    """What is worked on: groups with their goal's numbers, and how far it is."""
+
+    deps: Dependencies
+    data: Iterable[Any]
+    found: dict[str, Reader]
+    live: list[tuple[Group, float]]
+    selection: Selection
+    say: Say
+
+    def losing(self) -> dict[str, Mask]:
+        """The layers that lose inputs, with the entries of their rows that stay."""
+        kept = self.selection.kept
+        masks = {n: kept[r.entries()] for n, r in self.found.items()}
+        return {n: mask for n, mask in masks.items() if not mask.all()}

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-NEEDS = {"compress_resnet": ("torchvision", "onnxruntime")}
+NEEDS = {
+    "compress_resnet": ("torchvision", "onnxruntime"),
+    "without_retraining": ("sklearn",),
+}
 SAYS = {
     "compress_resnet": (
         "layer4.1.conv1     512     128  layer4.1.conv1",
@@ -22,6 +25,10 @@ SAYS = {
         "encoder.layers.0.linear1: 256 -> 64",
         "embed: 64 stays (not in `only`)",
         "logits of another batch: (7, 5)",
+    ),
+    "without_retraining": (
+        "selected and refitted to half its widths: 25% of the parameters",
+        "lost of its variance: predicted  measured",
     ),
 }
 

@@ -1,0 +1,157 @@
+"""Linear neural reconstruction: select channels, refit what reads them, and retrain once or never.
+
+    python examples/reproduce/lnr.py --network lenet_300_100 | lenet_5  --data DIR [--work DIR]
+        [--figures] [--calibration N] [--epochs N] [--method M] [--chaining C] [--no-debias]
+    python examples/reproduce/lnr.py --network alexnet  --data DIR [--images DIR]
+
+For the LeNets of train.py: the published table (error at the published size, as compressed and
+after one round of retraining), for selection alone and with low rank on top. Widths and ranks are
+found on training images (lnr_search.py), the test set is looked at for the table only. Sizes count
+float32 parameters. With --figures also error against size by chaining, and with and without
+debiasing (lnr_figures.py). Everything lands in WORK; an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from data import Labelled, load, parse
+from lnr_figures import CHAININGS, Figures, errors, kibibytes, publish
+from lnr_search import Knobs, Point, batches, knobs_of_size, parameters, passes, path_down
+from networks import load_trained
+from torch import Tensor, fx, nn
+from train import RECIPES, fit
+
+import fxsvd
+
+# Widths as they are, and the ranks from which on a layer gets smaller.
+NETWORKS: dict[str, Knobs] = {
+    "lenet_300_100": {"width fc1": 300, "width fc2": 100, "rank fc1": 217},
+    "lenet_5": {
+        "width conv1": 20,
+        "width conv2": 50,
+        "width fc1": 500,
+        "rank conv2": 45,
+        "rank fc1": 307,
+    },
+}
+# Percent of errors at KiB: as compressed, and at a smaller size after retraining.
+REPORTED = {
+    "lenet_300_100": ((1.71, 482), (1.64, 307)),
+    "lenet_5": ((0.78, 276), (0.78, 177)),
+}
+
+
+@dataclasses.dataclass
+class Experiment:
+    """A network, its data, and what to do."""
+
+    model: nn.Module
+    train: Labelled
+    images: Tensor
+    test: Labelled
+    options: argparse.Namespace
+
+    @property
+    def name(self) -> str:
+        return f"{self.options.network}-mnist"
+
+    def path(self, low_rank: bool) -> list[Point]:
+        knobs = NETWORKS[self.options.network]
+        if not low_rank:
+            knobs = {knob: n for knob, n in knobs.items() if knob.startswith("width")}
+        smallest = min(256 * size for _, size in REPORTED[self.options.network])
+        return path_down(self.model, self.images, knobs, smallest, self.options)
+
+    def compressed(self, knobs: Knobs) -> fx.GraphModule:
+        """Verified, and fitted to more images than the search."""
+        data = batches(self.images, self.options.calibration)
+        chosen = passes(knobs, self.options)
+        return fxsvd.compile(self.model, self.images[:2], passes=chosen, data=data, progress=False)
+
+    def retrained(self, model: nn.Module) -> nn.Module:
+        """By the recipe of train.py, in fewer epochs, down to the same rate."""
+        recipe, epochs = RECIPES[self.name], self.options.epochs
+        recipe = dataclasses.replace(
+            recipe, epochs=epochs, decay=recipe.decay ** (recipe.epochs / epochs)
+        )
+        checkpoint = self.options.work / f"lnr-{self.name}-{parameters(model)}.pt"
+        torch.manual_seed(0)
+        fit(model, recipe, *self.train, checkpoint)
+        checkpoint.unlink(missing_ok=True)
+        return model.eval()
+
+    def rows(self) -> Iterator[str]:
+        """The table."""
+        whole = kibibytes(self.model)
+        yield "| published | KiB | share | widths, ranks | test error % | retrained % | seconds |"
+        yield "|---|---:|---:|---|---:|---:|---:|"
+        yield f"| original | {whole:.0f} | | | {errors(self.model, self.test):.2f} | | |"
+        for low_rank in (False, True):
+            path = self.path(low_rank)
+            (error, size), (again, less) = REPORTED[self.options.network]
+            yield f"| {error} % at {size} KiB {self._row(knobs_of_size(path, 256 * size), False)}"
+            retrain = self.options.epochs > 0
+            yield f"| {again} % at {less} KiB {self._row(knobs_of_size(path, 256 * less), retrain)}"
+
+    def _row(self, knobs: Knobs, retrain: bool) -> str:
+        start = time.perf_counter()
+        small = self.compressed(knobs)
+        seconds = time.perf_counter() - start
+        size = kibibytes(small)
+        cells = [f"{size:.0f}", f"{100 * size / kibibytes(self.model):.1f} %"]
+        cells += [", ".join(f"{knob} {number}" for knob, number in knobs.items())]
+        cells += [f"{errors(small, self.test):.2f}"]
+        print(" ", cells, flush=True)
+        cells += [f"{errors(self.retrained(small), self.test):.2f}" if retrain else ""]
+        return f"| {' | '.join(cells)} | {seconds:.0f} |"
+
+
+def options_given() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--network", choices=[*NETWORKS, "alexnet"], required=True)
+    parser.add_argument("--method", choices=["backward", "forward", "lasso"], default="backward")
+    parser.add_argument("--chaining", choices=CHAININGS, default="top-down")
+    parser.add_argument("--no-debias", dest="debias", action="store_false")
+    parser.add_argument("--calibration", type=int, default=20000, help="training images")
+    parser.add_argument("--epochs", type=int, default=15, help="of retraining; 0: none")
+    parser.add_argument("--shrink", type=float, default=0.9, help="a step of the search for widths")
+    parser.add_argument("--figures", action="store_true", help="draw them, too")
+    parser.add_argument("--images", type=Path, help="AlexNet: a folder of train/ and val/")
+    return parse(parser)
+
+
+def main() -> None:
+    """Print the table of a network, and draw its figures."""
+    options = options_given()
+    torch.set_flush_denormal(True)
+    if options.network == "alexnet":
+        from lnr_alexnet import rows
+
+        for row in rows(options):
+            print(row)
+        return
+    prepare = RECIPES[f"{options.network}-mnist"].prepare
+    train, test = (load("mnist", options.data, options.work, train=t) for t in (True, False))
+    model = load_trained(options.work, f"{options.network}-mnist")
+    prepared = prepare(test[0]), test[1]
+    experiment = Experiment(model, train, prepare(train[0]), prepared, options)
+    table = []
+    for row in experiment.rows():
+        print(row, flush=True)
+        table.append(row)
+    print("", *table, sep="\n")
+    if options.figures:
+        figures = Figures(model, experiment.images, prepared, options)
+        stem = options.work / f"lnr-{options.network}"
+        publish(figures.by_chaining(experiment.path(low_rank=False)), Path(f"{stem}-chaining"))
+        publish(figures.by_debiasing(), Path(f"{stem}-debiasing"))
+
+
+if __name__ == "__main__":
+    main()

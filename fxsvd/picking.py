@@ -1,0 +1,100 @@
+"""Meaning layers by name: paths, glob patterns, enclosing modules, or module objects."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import TypeVar
+
+from torch import fx, nn
+
+from fxsvd.errors import PlanError
+from fxsvd.naming import Name
+
+Value = TypeVar("Value")
+
+
+def layers_named(graph: fx.GraphModule, layers: Collection[str], names: Iterable[Name]) -> set[str]:
+    """Those of the layers that any of the names means.
+
+    Args:
+        graph: the network; a name may mean any module of it, also one that is no such layer.
+        layers: paths to choose from.
+        names: see above.
+
+    Raises:
+        PlanError: a name means nothing in this network; near names are suggested.
+
+    >>> graph = fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+    >>> layers_named(graph, ["0"], ["*"]), layers_named(graph, ["0"], ["1"])
+    ({'0'}, set())
+    """
+    return {layer for name in names for layer in _meant(graph, layers, name)}
+
+
+def chosen_layers(
+    graph: fx.GraphModule, layers: Collection[str], only: Iterable[Name], ignore: Iterable[Name]
+) -> dict[str, str]:
+    """Why layers stay that the options leave out: by layer, in words.
+
+    Args:
+        graph: the network.
+        layers: paths to choose from.
+        only: names of those that are meant; all where there is none.
+        ignore: names of those that are not.
+
+    Raises:
+        PlanError: a name means nothing in this network.
+
+    >>> graph = fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    >>> chosen_layers(graph, ["0", "1"], only=["1"], ignore=[])
+    {'0': 'not in `only`'}
+    """
+    wanted, unwanted = tuple(only), layers_named(graph, layers, ignore)
+    meant = layers_named(graph, layers, wanted) if wanted else set(layers)
+    why = {layer: "not in `only`" for layer in layers if layer not in meant}
+    return why | {layer: "in `ignore`" for layer in layers if layer in unwanted}
+
+
+def value_by_layer(
+    graph: fx.GraphModule, layers: Collection[str], values: Value | Mapping[str, Value]
+) -> dict[str, Value]:
+    """A value per layer: the same for all, or from a mapping whose first match counts.
+
+    Raises:
+        PlanError: a pattern means nothing in this network.
+
+    >>> graph = fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    >>> value_by_layer(graph, ["0", "1"], {"1": 5, "*": 7})
+    {'1': 5, '0': 7}
+    """
+    if not isinstance(values, Mapping):
+        return dict.fromkeys(layers, values)
+    out: dict[str, Value] = {}
+    for name, value in values.items():
+        for layer in _meant(graph, layers, name):
+            out.setdefault(layer, value)
+    return out
+
+
+def _meant(graph: fx.GraphModule, layers: Collection[str], name: Name) -> list[str]:
+    pattern = name if isinstance(name, str) else _path(graph, name)
+    found = [path for path in layers if _means(pattern, path)]
+    modules = [path for path, _ in graph.named_modules() if path]
+    if found or any(fnmatchcase(path, pattern) for path in modules):
+        return found
+    near = get_close_matches(pattern, modules, 3, 0.4)
+    hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
+    raise PlanError(f"no layer is called {pattern!r}{hint}")
+
+
+def _means(pattern: str, path: str) -> bool:
+    return path == pattern or path.startswith(f"{pattern}.") or fnmatchcase(path, pattern)
+
+
+def _path(graph: fx.GraphModule, module: nn.Module) -> str:
+    for path, candidate in graph.named_modules():
+        if candidate is module:
+            return str(path)
+    raise PlanError(f"this {type(module).__name__} is no part of the network")

@@ -1,0 +1,196 @@
+"""Trying splits of layers: candidates that a goal allows, fitted, and the best of each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxsvd.calibrate import Positions
+from fxsvd.candidates import (
+    Candidate,
+    by_channel,
+    by_kernel,
+    data_metrics,
+    refitted,
+    weight_metrics,
+)
+from fxsvd.factoring import Metric, factored
+from fxsvd.goals import Goal
+from fxsvd.outputs import Outputs, watch, watch_gradients
+from fxsvd.progress import Say, quiet
+from fxsvd.readers import Reader
+from fxsvd.splitting import Rank, Shape
+from fxsvd.watching import output_watch, refit_watch
+
+COMPARED = ("channel", "spatial", "tucker")
+ROUNDING = 8
+"""In units of a number type's spacing: relative errors below this are none."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trials:
+    """The options of ``fxsvd.passes.Factorize``, at work on a network.
+
+    Attributes:
+        graph: the captured graph.
+        goals: by layer.
+        on_data: fit to data.
+        known: decompositions by layer and metric.
+        left: by layer, why it stays.
+        method: see there, as the rest.
+    """
+
+    graph: fx.GraphModule
+    goals: Mapping[str, Goal]
+    on_data: bool
+    method: str = "svd"
+    kernel: str = "auto"
+    balanced: bool = False
+    loss: Any = None
+    labelled: Iterable[Any] | None = None
+    positions: Positions = "auto"
+    seed: int = 0
+    known: dict[Any, Any] = field(default_factory=dict)
+    say: Say = quiet
+    left: dict[str, str] = field(default_factory=dict)
+
+    def run(self, wanted: Mapping[str, Reader], data: Iterable[Any] | None) -> list[Candidate]:
+        """The best candidate of every layer that it pays to split; ``left`` says why the rest stay.
+
+        Args:
+            wanted: layers by path.
+            data: batches of inputs, or None.
+
+        Raises:
+            PlanError: a rank is above what a layer has.
+        """
+        trying = {n: r for n, r in wanted.items() if self._kinds(r)}
+        if data is not None:
+            self._watch_outputs(trying, data)
+        slopes = self._gradients(trying) if self.method == "gradient" else {}
+        found: list[Candidate] = []
+        for name, reader in trying.items():
+            self.say(f"factorizing {name}")
+            found += self._candidates(reader, slopes.get(name))
+        if self.on_data and data is not None:
+            found = self._refitted(found, data)
+        best: dict[str, Candidate] = {}
+        for candidate in found:
+            layer = candidate.reader.layer
+            if layer not in best or candidate.error < best[layer].error:
+                best[layer] = candidate
+        return list(best.values())
+
+    def _kinds(self, reader: Reader) -> list[str]:
+        """How a layer may be split; where by nothing, ``left`` says why."""
+        goal, shape = self.goals[reader.layer], Shape.of(reader.module)
+        kinds = [self.kernel] if self.kernel in shape.kinds else ["channel"]
+        if self.kernel == "auto" and goal.by == "cr" and self.method == "svd":
+            kinds = [k for k in COMPARED if k in shape.kinds]
+        return [k for k in kinds if self._allowed(reader, k, goal.first(shape, k))]
+
+    def _allowed(self, reader: Reader, kind: str, rank: Rank) -> bool:
+        why = self.goals[reader.layer].refusal(reader, kind, rank)
+        if why is None:
+            self.left.pop(reader.layer, None)
+        else:
+            self.left.setdefault(reader.layer, why)
+        return why is None
+
+    # -------------------------------------------------------------------------------- candidates
+
+    def _candidates(self, reader: Reader, slopes: Tensor | None) -> list[Candidate]:
+        kinds, goal, out = self._kinds(reader), self.goals[reader.layer], []
+        for kind in kinds:
+            metrics = self._metrics(reader) if kind == "channel" else []
+            spacing = torch.finfo(reader.weight.value.dtype).eps if self.on_data else 0.0
+            rank = goal.rank(reader, kind, metrics, ROUNDING * spacing)
+            if not self._allowed(reader, kind, rank):
+                continue
+            if kind != "channel":
+                out.append(by_kernel(reader, kind, rank, self.seed))
+                continue
+            out.append(self._by_channel(reader, rank[0], metrics, slopes, len(kinds) > 1))
+        if out:
+            self.left.pop(reader.layer, None)
+        return out
+
+    def _by_channel(
+        self,
+        reader: Reader,
+        rank: int,
+        metrics: list[Metric],
+        slopes: Tensor | None,
+        compared: bool,
+    ) -> Candidate:
+        maps = [
+            factored(
+                w,
+                metric,
+                rank,
+                method=self.method,
+                gradients=None if slopes is None else slopes[g],
+                seed=self.seed + g,
+                on_data=self.on_data,
+            )
+            for g, (w, metric) in enumerate(zip(reader.matrices(), metrics, strict=True))
+        ]
+        maps = [m.balanced() for m in maps] if self.balanced else maps
+        seen: Outputs | None = self.known.get((reader.layer, "outputs"))
+        if self.on_data:
+            assert seen is not None  # watched
+            return by_channel(reader, maps, metrics, seen.mean)
+        found = by_channel(reader, maps, metrics if compared else None, None)
+        if seen is None:
+            return found
+        return replace(found, predicted=by_channel(reader, maps, data_metrics(seen), None).error)
+
+    def _metrics(self, reader: Reader) -> list[Metric]:
+        key = (reader.layer, "data" if self.on_data else "weight")
+        if key not in self.known:
+            seen: Any = self.known.get((reader.layer, "outputs"))
+            self.known[key] = data_metrics(seen) if self.on_data else weight_metrics(reader)
+        found: list[Metric] = self.known[key]
+        return found
+
+    # ---------------------------------------------------------------------------- passes over data
+
+    def _watch_outputs(self, trying: Mapping[str, Reader], data: Iterable[Any]) -> None:
+        watches = {
+            n: {"outputs": output_watch(r, self.positions, self.seed)}
+            for n, r in trying.items()
+            if (n, "outputs") not in self.known
+        }
+        if watches:
+            self.known.update(watch(self.graph, data, watches, self.say))
+
+    def _refitted(self, found: list[Candidate], data: Iterable[Any]) -> list[Candidate]:
+        watches: dict[str, Any] = {}
+        for c in found:
+            if c.kind != "channel":
+                named = watches.setdefault(c.reader.layer, {})
+                named[c.kind] = refit_watch(c, self.positions, self.seed)
+        if not watches:
+            return found
+        seen = watch(self.graph, data, watches, self.say)
+        return [
+            c if c.kind == "channel" else refitted(c, seen[c.reader.layer, c.kind]) for c in found
+        ]
+
+    def _gradients(self, trying: Mapping[str, Reader]) -> dict[str, Tensor]:
+        assert self.labelled is not None  # the pass requires it
+        rows = {n: _all_rows(r) for n, r in trying.items()}
+        self.say("watching gradients")
+        return watch_gradients(self.graph, self.labelled, rows, self.loss)
+
+
+def _all_rows(reader: Reader) -> Callable[[Tensor], Tensor]:
+    def rows(g: Tensor) -> Tensor:
+        features = g if isinstance(reader.module, torch.nn.Linear) else g.movedim(1, -1)
+        return features.reshape(-1, reader.groups, features.shape[-1] // reader.groups)
+
+    return rows
