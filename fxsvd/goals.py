@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -56,12 +57,17 @@ class Goal:
         weight = reader.weight.value.detach()
         groups = weight.reshape(reader.groups, -1, *weight.shape[1:])
         of: Literal["energy", "error"] = "energy" if self.by == "energy" else "error"
-        ranks = [for_share(kind, w, self.number, of=of) for w in groups]
+        ranks = [for_share(kind, w, self._share, of=of) for w in groups]
         return tuple(max(side) for side in zip(*ranks, strict=True))
+
+    @property
+    def _share(self) -> float:
+        """An error as a ratio of norms, as the spectra's functions take it."""
+        return math.sqrt(self.number) if self.by == "error" else self.number
 
     def _of(self, spectrum: Tensor, spacing: float) -> int:
         if self.by == "error":
-            return rank_for_error(spectrum, max(self.number, spacing))
+            return rank_for_error(spectrum, max(self._share, spacing))
         return rank_for_energy(spectrum, min(self.number, 1 - spacing**2))
 
     def refusal(self, reader: Reader, kind: str, rank: Rank) -> str | None:

@@ -44,8 +44,8 @@ class Factorize:
         cr: the compression ratio of each layer's weight, 1 or more.
         rank: channels between the two parts.
         energy: the share of Σσ² that stays, above 0 and up to 1.
-        error: the relative error ‖y − ŷ‖ / ‖y − E y‖ that may come, from 0 to below 1; what the
-            network's own number type does not resolve counts as none.
+        error: the share of its outputs' variance that a layer may lose, from 0 to below 1, as in
+            ``Select``; what the network's own number type does not resolve counts as none.
         method: ``"svd"``; ``"gradient"``, the SVD weighted by what the loss is sensitive to (needs
             ``loss`` and ``data``); or a CUR, which keeps some rows of the weight:
             ``"linear-time"``, ``"leverage-score"`` (both drawn), ``"deim"``, ``"leverage"``,
