@@ -4,6 +4,7 @@ from fxsvd import passes
 from fxsvd.calibrate import calibrate
 from fxsvd.capture import capture
 from fxsvd.compile import apply, compile, plan
+from fxsvd.data.statistics import Statistics
 from fxsvd.dependency import Dependencies, Space, analyze
 from fxsvd.edits import Plan, Remap, Skip
 from fxsvd.errors import CaptureError, FxsvdError, PlanError, VerificationError
@@ -11,7 +12,6 @@ from fxsvd.export import export_onnx
 from fxsvd.layers import register_layer
 from fxsvd.report import Report
 from fxsvd.rules import register_rule
-from fxsvd.statistics import Statistics
 from fxsvd.verify import mask, verify
 
 __all__ = [

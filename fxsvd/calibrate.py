@@ -16,17 +16,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fxsvd import ranks
-from fxsvd.batches import Batch, batches, samples
 from fxsvd.cost import evaluating
+from fxsvd.data import ranks
+from fxsvd.data.batches import Batch, batches, samples
+from fxsvd.data.lookups import Lookup, geometry, lookup, read
+from fxsvd.data.moments import Moment
+from fxsvd.data.readers import Reader, positions, readers
+from fxsvd.data.statistics import Statistics, warned
 from fxsvd.dependency import Dependencies
 from fxsvd.errors import FxsvdError
 from fxsvd.importance import require_numbers
-from fxsvd.lookups import Lookup, geometry, lookup, read
-from fxsvd.moments import Moment
 from fxsvd.progress import Say, quiet
-from fxsvd.readers import Reader, positions, readers
-from fxsvd.statistics import Statistics, warned
 
 Positions = Literal["auto", "all"] | int
 SHARE = 0.75
@@ -68,7 +68,7 @@ def calibrate(
 
     Returns:
         A moment per layer. Memory is 8·row² bytes per layer and group, or the rows themselves while
-        they are fewer than ``row`` (see ``Moment``); ``fxsvd.readers`` says what a row is.
+        they are fewer than ``row`` (see ``Moment``); ``fxsvd.data.readers`` says what a row is.
 
     Raises:
         FxsvdError: there is no batch, a batch does not fit, or a layer sees numbers that are not

@@ -11,8 +11,8 @@ from torch import fx, nn
 
 from fxsvd import cost
 from fxsvd import verify as validation
-from fxsvd.batches import Data, require_batches
 from fxsvd.capture import capture, normalize_inputs
+from fxsvd.data.batches import Data, require_batches
 from fxsvd.dependency import Dependencies, analyze
 from fxsvd.edits import Plan, chain, describe_inputs, make_inputs
 from fxsvd.errors import PlanError

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from fxsvd.batches import batches
 from fxsvd.cost import evaluating
+from fxsvd.data.batches import batches
 from fxsvd.dependency import Dependencies
 from fxsvd.edits import Plan
 from fxsvd.narrowing import Narrowing

@@ -1,7 +1,7 @@
 """Factorize: a layer y = W x + b becomes y = A (B x) + b, of a rank that saves parameters.
 
 With data the default is the best there is: B picks the principal outputs, A puts them back
-(``fxsvd.factoring``); what is lost is the tail of their spectrum, exactly.
+(``fxsvd.factoring.maps``); what is lost is the tail of their spectrum, exactly.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from typing import Any, Literal
 
 from torch import fx
 
-from fxsvd.batches import Data
 from fxsvd.calibrate import Positions
-from fxsvd.candidates import Candidate
+from fxsvd.data.batches import Data
+from fxsvd.data.readers import Reader
 from fxsvd.dependency import Dependencies
 from fxsvd.edits import Estimate, Left, Plan, Substitute
 from fxsvd.errors import PlanError
-from fxsvd.factoring import METHODS
-from fxsvd.goals import Goal
+from fxsvd.factoring.candidates import Candidate
+from fxsvd.factoring.goals import Goal
+from fxsvd.factoring.maps import METHODS
+from fxsvd.factoring.splitting import KINDS, Shape
+from fxsvd.factoring.trials import Trials
+from fxsvd.folding.picking import chosen_layers, value_by_layer
+from fxsvd.folding.plain import plain_layers
 from fxsvd.importance import require_numbers
 from fxsvd.naming import Name
-from fxsvd.picking import chosen_layers, value_by_layer
-from fxsvd.plain import plain_layers
 from fxsvd.progress import Say, quiet
-from fxsvd.readers import Reader
-from fxsvd.splitting import KINDS, Shape
-from fxsvd.trials import Trials
 
 Number = float | Mapping[str, float]
 _GOALS: tuple[Literal["cr", "rank", "energy", "error"], ...] = ("cr", "rank", "energy", "error")

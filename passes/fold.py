@@ -14,7 +14,11 @@ from itertools import chain
 
 from torch import fx, nn
 
-from fxsvd.absorbing import (
+from fxsvd.data.batches import Data
+from fxsvd.data.readers import BATCH_NORMS, Reader
+from fxsvd.dependency import Dependencies
+from fxsvd.edits import Assign, Left, Part, Plan, Substitute
+from fxsvd.folding.absorbing import (
     TRANSPOSED,
     Numbers,
     affine,
@@ -22,17 +26,13 @@ from fxsvd.absorbing import (
     norm_after,
     norm_before,
 )
-from fxsvd.batches import Data
-from fxsvd.composing import Run, composed, double_copy, partition, runs
-from fxsvd.dependency import Dependencies
-from fxsvd.edits import Assign, Left, Part, Plan, Substitute
+from fxsvd.folding.composing import Run, composed, double_copy, partition, runs
+from fxsvd.folding.picking import chosen_layers
+from fxsvd.folding.plain import alone, calls_of, plain_layers
 from fxsvd.importance import require_numbers
 from fxsvd.naming import Name
 from fxsvd.passes.prune import Prune
-from fxsvd.picking import chosen_layers
-from fxsvd.plain import alone, calls_of, plain_layers
 from fxsvd.progress import Say, quiet
-from fxsvd.readers import BATCH_NORMS, Reader
 from fxsvd.substitution import linear_part
 
 _FIRST = "dead channels go first: run Fold() again"

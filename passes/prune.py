@@ -13,8 +13,8 @@ from typing import Any, Literal
 import numpy as np
 
 from fxsvd import importance
-from fxsvd.batches import Data
 from fxsvd.coupling import Group
+from fxsvd.data.batches import Data
 from fxsvd.dead import Dead, dead_channels
 from fxsvd.dependency import Dependencies
 from fxsvd.edits import Plan

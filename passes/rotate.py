@@ -1,8 +1,8 @@
 """Rotate: fewer channels by a change of basis, where only linear maps write and read them.
 
 The edit of each space is (E, D): producers get E W, consumers W D, with E spanning the directions
-that matter most to what the consumers compute. It needs a linear edge (``fxsvd.edges``), since no
-nonlinearity commutes with a change of basis. ``Fold`` before it makes more edges linear.
+that matter most to what the consumers compute. It needs a linear edge (``fxsvd.rotating.edges``),
+since no nonlinearity commutes with a change of basis. ``Fold`` before it makes more edges linear.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from typing import Literal
 
 import numpy as np
 
-from fxsvd.bases import Basis, best_basis, input_moments, new_values, refitted
-from fxsvd.batches import Data, batches
 from fxsvd.calibrate import Positions
 from fxsvd.coupling import Group
+from fxsvd.data.batches import Data, batches
+from fxsvd.data.moments import Moment
+from fxsvd.data.readers import Reader
 from fxsvd.dependency import Dependencies
-from fxsvd.edges import Edge, is_layer, linear_edges
 from fxsvd.edits import Assign, Plan
 from fxsvd.errors import PlanError
-from fxsvd.fit import Fit, Mask
 from fxsvd.importance import Scores, require_numbers
-from fxsvd.moments import Moment
 from fxsvd.naming import Name
 from fxsvd.progress import Say, quiet
-from fxsvd.readers import Reader
 from fxsvd.rewrite import rewrite
+from fxsvd.rotating.bases import Basis, best_basis, input_moments, new_values, refitted
+from fxsvd.rotating.edges import Edge, is_layer, linear_edges
+from fxsvd.selecting.fit import Fit, Mask
 from fxsvd.verify import verify_rewrite
 from fxsvd.widths import (
     Ratio,

@@ -15,23 +15,23 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fxsvd.batches import Data
 from fxsvd.calibrate import Positions, calibrate
-from fxsvd.chained import downstream, refit_chained
-from fxsvd.choosing import METHODS, leaving
 from fxsvd.coupling import Group
+from fxsvd.data.batches import Data
+from fxsvd.data.moments import Moment
+from fxsvd.data.readers import Reader, readers
 from fxsvd.dependency import Dependencies
 from fxsvd.edits import Plan
 from fxsvd.errors import PlanError
-from fxsvd.fit import Fit, Mask, fit, own_output
 from fxsvd.importance import require_numbers
-from fxsvd.moments import Moment
 from fxsvd.naming import Name
 from fxsvd.narrowing import Narrowing
-from fxsvd.postponed import postponable
 from fxsvd.progress import Say, quiet
-from fxsvd.readers import Reader, readers
-from fxsvd.selection import Selection, readable
+from fxsvd.selecting.chained import downstream, refit_chained
+from fxsvd.selecting.choosing import METHODS, leaving
+from fxsvd.selecting.fit import Fit, Mask, fit, own_output
+from fxsvd.selecting.postponed import postponable
+from fxsvd.selecting.selection import Selection, readable
 from fxsvd.widths import Ratio, WidthGoal, Widths, as_plan, require_multiple, rounded
 
 CHAININGS = ("parallel", "top-down", "bottom-up", "bottom-up+refit")

@@ -16,17 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxsvd.bases import mixed
-from fxsvd.batches import Data
+from fxsvd.data.batches import Data
+from fxsvd.data.readers import Reader, readers
 from fxsvd.dependency import Dependencies, Space
-from fxsvd.edges import places
 from fxsvd.edits import Assign, Plan
-from fxsvd.fit import Mask
 from fxsvd.importance import Scores, require_numbers
 from fxsvd.linalg.interpolation import fit_rows, pivoted_qr
 from fxsvd.naming import Name
 from fxsvd.progress import Say, quiet
-from fxsvd.readers import Reader, readers
+from fxsvd.rotating.bases import mixed
+from fxsvd.rotating.edges import places
+from fxsvd.selecting.fit import Mask
 from fxsvd.widths import (
     Ratio,
     as_plan,

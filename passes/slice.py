@@ -1,7 +1,7 @@
 """Slice: a narrower residual stream, rotated so that little of what its norms read is lost.
 
-The norms' gains are folded into the maps behind them first; ``fxsvd.turning`` has the mathematics,
-``fxsvd.streams`` says what a stream is.
+The norms' gains are folded into the maps behind them first; ``fxsvd.rotating.turning`` has the
+mathematics, ``fxsvd.rotating.streams`` says what a stream is.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from fxsvd.batches import Data
+from fxsvd.data.batches import Data
 from fxsvd.dependency import Dependencies
 from fxsvd.edits import Assign, Plan
 from fxsvd.errors import PlanError
-from fxsvd.fit import Mask
 from fxsvd.importance import Scores, require_numbers
 from fxsvd.naming import Name
 from fxsvd.progress import Say, quiet
-from fxsvd.streams import Stream, streams
-from fxsvd.turning import encoder, second_moments, turn
+from fxsvd.rotating.streams import Stream, streams
+from fxsvd.rotating.turning import encoder, second_moments, turn
+from fxsvd.selecting.fit import Mask
 from fxsvd.widths import (
     Ratio,
     as_plan,

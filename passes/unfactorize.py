@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import chain
 
-from fxsvd.batches import Data
-from fxsvd.composing import composed, obstacle, partition, runs
+from fxsvd.data.batches import Data
 from fxsvd.dependency import Dependencies
 from fxsvd.edits import Left, Plan, Substitute
+from fxsvd.folding.composing import composed, obstacle, partition, runs
+from fxsvd.folding.picking import chosen_layers
+from fxsvd.folding.plain import plain_layers
 from fxsvd.importance import require_numbers
 from fxsvd.naming import Name
-from fxsvd.picking import chosen_layers
-from fxsvd.plain import plain_layers
 from fxsvd.progress import Say, quiet
 
 

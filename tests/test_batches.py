@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fxsvd.batches import batches, moved, samples
 from fxsvd.capture import capture
+from fxsvd.data.batches import batches, moved, samples
 from fxsvd.errors import FxsvdError
 
 X, MASK = torch.randn(4, 3), torch.ones(4, 3)

@@ -23,11 +23,11 @@ import fxsvd
 from fxsvd import calibrate as calibrate_function
 from fxsvd.calibrate import LEAST, MOST, calibrate, chosen_rows
 from fxsvd.capture import capture
+from fxsvd.data.moments import Moment
+from fxsvd.data.readers import input_rows, positions, readers
+from fxsvd.data.statistics import Statistics
 from fxsvd.dependency import Dependencies, analyze
 from fxsvd.errors import FxsvdError, PlanError
-from fxsvd.moments import Moment
-from fxsvd.readers import input_rows, positions, readers
-from fxsvd.statistics import Statistics
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -206,7 +206,7 @@ from torch import nn
 from fxsvd.calibrate import chosen_rows
 from fxsvd.capture import capture
 from fxsvd.dependency import analyze
-from fxsvd.readers import readers
+from fxsvd.data.readers import readers
 x = torch.zeros(4, 3, 6, 6)
 deps = analyze(capture(nn.Sequential(nn.Conv2d(3, 2, 3, padding=1)), x, check=False))
 print(json.dumps(chosen_rows(readers(deps)["0"], x, 3, (7, 2)).tolist()))

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxsvd.capture import capture
-from fxsvd.chained import alive, refit_chained
+from fxsvd.data.readers import readers
 from fxsvd.dependency import Dependencies, analyze
 from fxsvd.edits import Plan, Remap
 from fxsvd.errors import FxsvdError
-from fxsvd.fit import RIDGE, Fit
 from fxsvd.narrowing import Narrowing
-from fxsvd.readers import readers
+from fxsvd.selecting.chained import alive, refit_chained
+from fxsvd.selecting.fit import RIDGE, Fit
 
 CLOSE = {"rtol": 1e-7, "atol": 1e-8}
 WIDTH, KEPT = 6, [0, 2, 3, 5]

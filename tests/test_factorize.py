@@ -6,15 +6,15 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxsvd
-from fxsvd.candidates import by_channel, by_kernel, weight_metrics
+from fxsvd.data.readers import readers
 from fxsvd.dependency import analyze
 from fxsvd.edits import Left, Plan
 from fxsvd.errors import FxsvdError, PlanError
-from fxsvd.factoring import METHODS, Metric, factored
-from fxsvd.outputs import Outputs
+from fxsvd.factoring.candidates import by_channel, by_kernel, weight_metrics
+from fxsvd.factoring.maps import METHODS, Metric, factored
+from fxsvd.factoring.outputs import Outputs
+from fxsvd.factoring.splitting import KINDS, Shape
 from fxsvd.passes import Factorize, Fold, Select
-from fxsvd.readers import readers
-from fxsvd.splitting import KINDS, Shape
 from fxsvd.substitution import build
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fxsvd.capture import capture
+from fxsvd.data.moments import Moment
+from fxsvd.data.readers import Reader, readers
 from fxsvd.dependency import analyze
-from fxsvd.fit import fit, lost, own_output
-from fxsvd.moments import Moment
-from fxsvd.readers import Reader, readers
+from fxsvd.selecting.fit import fit, lost, own_output
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxsvd.capture import capture
-from fxsvd.joins import join_behind, schedule
+from fxsvd.selecting.joins import join_behind, schedule
 
 
 class Net(nn.Module):

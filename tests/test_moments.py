@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxsvd import rows as rows_module
-from fxsvd.moments import Moment
+from fxsvd.data import rows as rows_module
+from fxsvd.data.moments import Moment
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 import fxsvd
 from fxsvd.capture import capture
+from fxsvd.data.readers import readers
 from fxsvd.dependency import analyze
 from fxsvd.passes import Select
-from fxsvd.postponed import postponable
-from fxsvd.readers import readers
+from fxsvd.selecting.postponed import postponable
 
 
 class Between(nn.Module):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxsvd.capture import capture
+from fxsvd.data.readers import Reader, input_rows, output_rows, positions, readers
 from fxsvd.dependency import Dependencies, analyze
-from fxsvd.readers import Reader, input_rows, output_rows, positions, readers
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -239,3 +239,11 @@ def test_the_batch_norm_behind_is_one_that_alone_sees_the_output() -> None:
         "shared": None,
         "none": None,
     }
+
+
+def test_with_one_output_per_group_all_groups_lose_the_same_inputs() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 1, groups=2), nn.Conv2d(2, 5, 1))
+    deps = analyze(capture(net, torch.randn(2, 3, 4, 4)))
+    channels = readers(deps)["1"].channels
+    assert len(set(channels.tolist())) == 3
+    assert (channels[:3] == channels[3:]).all()

@@ -6,14 +6,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxsvd
-from fxsvd import commuting, edges
-from fxsvd.bases import input_moments
 from fxsvd.capture import capture
 from fxsvd.dependency import analyze
-from fxsvd.edges import linear_edges, linear_maps, places
 from fxsvd.edits import Plan
 from fxsvd.errors import PlanError, VerificationError
 from fxsvd.passes import Fold, Rotate, Select
+from fxsvd.rotating import commuting, edges
+from fxsvd.rotating.bases import input_moments
+from fxsvd.rotating.edges import linear_edges, linear_maps, places
 
 
 class Run(nn.Module):

@@ -12,7 +12,7 @@ import fxsvd
 from fxsvd.errors import PlanError
 from fxsvd.linalg.reconstruction import RIDGE, Reconstruction
 from fxsvd.passes import Select
-from fxsvd.selection import errors_without
+from fxsvd.selecting.selection import errors_without
 
 
 class Branches(nn.Module):

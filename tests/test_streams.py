@@ -10,8 +10,8 @@ from fxsvd.capture import capture
 from fxsvd.dependency import analyze
 from fxsvd.errors import PlanError
 from fxsvd.passes import Prune, Slice
-from fxsvd.streams import streams
-from fxsvd.turning import encoder, zero_sum_basis
+from fxsvd.rotating.streams import streams
+from fxsvd.rotating.turning import encoder, zero_sum_basis
 
 
 class Block(nn.Module):

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 import fxsvd
-from fxsvd.composing import behind, composed, idle, obstacle, partition, runs, size
 from fxsvd.dependency import analyze
 from fxsvd.edits import Part, Plan, Substitute
 from fxsvd.errors import PlanError
-from fxsvd.plain import plain_layers
+from fxsvd.folding.composing import behind, composed, idle, obstacle, partition, runs, size
+from fxsvd.folding.plain import plain_layers
 from fxsvd.substitution import (
     build,
     common_groups,

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fxsvd.data.readers import Reader, readers
 from fxsvd.dependency import Dependencies
-from fxsvd.readers import Reader, readers
 
 MOST = 0.7  # of a space's channels may go
 

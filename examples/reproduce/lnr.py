@@ -139,6 +139,7 @@ def main() -> None:
     prepare = RECIPES[f"{options.network}-mnist"].prepare
     train, test = (load("mnist", options.data, options.work, train=t) for t in (True, False))
     model = load_trained(options.work, f"{options.network}-mnist")
+    model.to(memory_format=torch.channels_last)  # convolves several times faster
     prepared = prepare(test[0]), test[1]
     experiment = Experiment(model, train, prepare(train[0]), prepared, options)
     table = []

@@ -32,18 +32,18 @@ from torch import Tensor, nn
 
 import fxsvd
 from fxsvd.calibrate import calibrate
-from fxsvd.chained import alive
-from fxsvd.choosing import METHODS
 from fxsvd.cost import measure
 from fxsvd.coupling import Group
+from fxsvd.data.readers import readers
 from fxsvd.dependency import Dependencies
 from fxsvd.edits import Plan
-from fxsvd.fit import fit, own_output
 from fxsvd.narrowing import Narrowing
 from fxsvd.passes import Fold, Prune, Rotate, Select
-from fxsvd.readers import readers
 from fxsvd.rewrite import rewrite
-from fxsvd.selection import Selection
+from fxsvd.selecting.chained import alive
+from fxsvd.selecting.choosing import METHODS
+from fxsvd.selecting.fit import fit, own_output
+from fxsvd.selecting.selection import Selection
 from fxsvd.widths import as_plan
 
 SHARES = (0.1, 0.25, 0.5)

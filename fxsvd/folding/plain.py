@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from torch import Tensor, fx, nn
 
 from fxsvd.capture import capture
+from fxsvd.data.readers import Reader, readers
 from fxsvd.dependency import Dependencies, analyze
-from fxsvd.readers import Reader, readers
 
 MATRICES = (
     nn.Linear,

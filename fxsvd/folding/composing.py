@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from fxsvd.data.readers import CONVOLUTIONS, Reader
 from fxsvd.edits import Part
-from fxsvd.readers import CONVOLUTIONS, Reader
 from fxsvd.substitution import common_groups, convolution_part, linear_part, merged
 
 
@@ -90,7 +90,7 @@ def runs(
 
     >>> from fxsvd.capture import capture
     >>> from fxsvd.dependency import analyze
-    >>> from fxsvd.plain import plain_layers
+    >>> from fxsvd.folding.plain import plain_layers
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.Identity(), nn.Linear(3, 2), nn.ReLU())
     >>> deps = analyze(capture(net, torch.zeros(2, 2)))

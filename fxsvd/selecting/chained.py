@@ -18,19 +18,19 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fxsvd.batches import Batch, batches, samples
 from fxsvd.calibrate import Positions, checked, chosen_rows, rows_per_sample
 from fxsvd.cost import evaluating
+from fxsvd.data.batches import Batch, batches, samples
+from fxsvd.data.moments import Moment
+from fxsvd.data.readers import Reader, input_rows, output_rows
 from fxsvd.dependency import Dependencies
-from fxsvd.fit import Fit, Mask, fit
-from fxsvd.joins import join_behind, schedule
-from fxsvd.moments import Moment
 from fxsvd.narrowing import Narrowing
 from fxsvd.progress import Say, quiet
-from fxsvd.readers import Reader, input_rows, output_rows
 from fxsvd.reference import silenced
 from fxsvd.rewrite import add_bias
 from fxsvd.running import placeholder_values
+from fxsvd.selecting.fit import Fit, Mask, fit
+from fxsvd.selecting.joins import join_behind, schedule
 
 Choose = Callable[[Moment], Mask]
 ENOUGH = 96

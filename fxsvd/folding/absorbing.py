@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxsvd.composing import behind, calls, idle
-from fxsvd.plain import alone
-from fxsvd.readers import BATCH_NORMS, CONVOLUTIONS, Reader
+from fxsvd.data.readers import BATCH_NORMS, CONVOLUTIONS, Reader
+from fxsvd.folding.composing import behind, calls, idle
+from fxsvd.folding.plain import alone
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NORMS = {nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward}
@@ -143,7 +143,7 @@ def norm_before(graph: fx.GraphModule, reader: Reader) -> str | None:
     """The batch norm right in front of a layer that alone sees it, where no zeros are padded.
 
     >>> from fxsvd.dependency import analyze
-    >>> from fxsvd.readers import readers
+    >>> from fxsvd.data.readers import readers
     >>> from fxsvd.capture import capture
     >>> net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
     >>> graph = capture(net, torch.zeros(2, 3, 5, 5))
@@ -176,7 +176,7 @@ def copying_pool(graph: fx.GraphModule, reader: Reader) -> tuple[str, int] | Non
 
     >>> from fxsvd.capture import capture
     >>> from fxsvd.dependency import analyze
-    >>> from fxsvd.readers import readers
+    >>> from fxsvd.data.readers import readers
     >>> net = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 2))
     >>> graph = capture(net, torch.zeros(2, 3, 1, 1))
     >>> copying_pool(graph, readers(analyze(graph))["2"])

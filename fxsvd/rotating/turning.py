@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from fxsvd.bases import mixed
-from fxsvd.batches import batches
 from fxsvd.cost import evaluating
+from fxsvd.data.batches import batches
+from fxsvd.data.readers import Reader
 from fxsvd.dependency import Dependencies
-from fxsvd.edges import bias_name, input_of, places
-from fxsvd.readers import Reader
 from fxsvd.relations import Atoms
+from fxsvd.rotating.bases import mixed
+from fxsvd.rotating.edges import bias_name, input_of, places
+from fxsvd.rotating.streams import Norm, Stream
 from fxsvd.running import placed
-from fxsvd.streams import Norm, Stream
 
 
 def encoder(second: Tensor, width: int, *, centred: bool) -> Tensor:
@@ -150,7 +150,7 @@ def second_moments(
     Args:
         deps: the analysis.
         found: the streams.
-        data: batches, see ``fxsvd.batches``.
+        data: batches, see ``fxsvd.data.batches``.
     """
     graph = deps.analysis.graph
     watch = _Watch(graph, {norm.node: norm for stream in found for norm in stream.norms})

@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
 
-from fxsvd.batches import batches, samples
 from fxsvd.capture import normalize_inputs
 from fxsvd.cost import evaluating
+from fxsvd.data.batches import batches, samples
 from fxsvd.errors import FxsvdError
 from fxsvd.progress import Say, quiet
 
@@ -105,7 +105,7 @@ def watch(
 
     Args:
         graph: a captured graph; it runs in eval mode, without gradients.
-        data: batches, see ``fxsvd.batches``.
+        data: batches, see ``fxsvd.data.batches``.
         watches: by layer, named functions of its input and output.
         say: is told how far it is.
 

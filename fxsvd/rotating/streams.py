@@ -15,10 +15,10 @@ import numpy as np
 from torch import fx, nn
 from torch.nn import functional as F
 
-from fxsvd.commuting import why_not
+from fxsvd.data.readers import Reader
 from fxsvd.dependency import Dependencies, Space
-from fxsvd.edges import Walk, bias_name, input_of, is_layer, linear_maps, weight_of
-from fxsvd.readers import Reader
+from fxsvd.rotating.commuting import why_not
+from fxsvd.rotating.edges import Walk, bias_name, input_of, is_layer, linear_maps, weight_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxsvd import ranks
-from fxsvd.rows import Rows, add_outer
+from fxsvd.data import ranks
+from fxsvd.data.rows import Rows, add_outer
 
 
 @dataclass(eq=False)

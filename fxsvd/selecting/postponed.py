@@ -15,9 +15,9 @@ from torch import fx, nn
 from torch.nn.modules import activation, dropout, pooling
 
 from fxsvd.coupling import Group
+from fxsvd.data.readers import BATCH_NORMS, Reader
 from fxsvd.dependency import Dependencies
 from fxsvd.nests import flatten
-from fxsvd.readers import BATCH_NORMS, Reader
 from fxsvd.relations import Atoms
 from fxsvd.rules import RULES, elementwise, joining, movement, reshape, spatial
 
@@ -43,7 +43,7 @@ def postponable(
     >>> import torch
     >>> from fxsvd.capture import capture
     >>> from fxsvd.dependency import analyze
-    >>> from fxsvd.readers import readers
+    >>> from fxsvd.data.readers import readers
     >>> net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> deps = analyze(capture(net, torch.zeros(2, 3)))
     >>> postponable(deps, deps.groups, readers(deps))

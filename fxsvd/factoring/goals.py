@@ -9,11 +9,11 @@ from typing import Literal
 
 from torch import Tensor
 
+from fxsvd.data.readers import Reader
 from fxsvd.errors import PlanError
-from fxsvd.factoring import Metric
+from fxsvd.factoring.maps import Metric
+from fxsvd.factoring.splitting import Rank, Shape, for_share
 from fxsvd.linalg.svd import rank_for_energy, rank_for_error
-from fxsvd.readers import Reader
-from fxsvd.splitting import Rank, Shape, for_share
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """What could take a layer's place: its weight in several parts, fitted to data where there is any.
 
-A ``channel`` split is a map of the layer's outputs (``fxsvd.factoring``), optimal on data in closed
-form. The other kinds are found from the weight alone; on data their last part is fitted again by
-least squares to what the parts before it give.
+A ``channel`` split is a map of the layer's outputs (``fxsvd.factoring.maps``), optimal on data in
+closed form. The other kinds are found from the weight alone; on data their last part is fitted
+again by least squares to what the parts before it give.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fxsvd.data.readers import Reader
 from fxsvd.edits import Part
-from fxsvd.factoring import Map, Metric
+from fxsvd.factoring.maps import Map, Metric
+from fxsvd.factoring.outputs import Outputs
+from fxsvd.factoring.splitting import SPLITS, Rank, parts, product
 from fxsvd.linalg.svd import finite_matrix
-from fxsvd.outputs import Outputs
-from fxsvd.readers import Reader
-from fxsvd.splitting import SPLITS, Rank, parts, product
 
 RIDGE = 1e-6
 """Of a refit, relative to the mean energy of what it reads."""
@@ -31,7 +31,7 @@ class Candidate:
 
     Attributes:
         reader: the layer.
-        kind: of the split, see ``fxsvd.splitting``.
+        kind: of the split, see ``fxsvd.factoring.splitting``.
         rank: channels between the parts.
         kernels: weights of the parts in order of application.
         bias: of the last part, or None.
@@ -56,7 +56,7 @@ class Candidate:
 def weight_metrics(reader: Reader) -> list[Metric]:
     """A metric per group in which an error is one of the weight.
 
-    >>> from fxsvd.plain import reader_of
+    >>> from fxsvd.folding.plain import reader_of
     >>> from torch import nn
     >>> [m.root.shape for m in weight_metrics(reader_of(nn.Linear(3, 2), torch.zeros(2, 3)))]
     [torch.Size([3, 2])]
@@ -91,7 +91,7 @@ def by_channel(
         metrics: one per group, to judge them in; None where nobody compares.
         mean: of the outputs on data, ``[groups, out]``, to keep by the bias; None leaves the bias.
 
-    >>> from fxsvd.plain import reader_of
+    >>> from fxsvd.folding.plain import reader_of
     >>> from torch import nn
     >>> layer = reader_of(nn.Linear(3, 2), torch.zeros(2, 3))
     >>> one, zero = torch.ones(1, 2), torch.zeros(1, 3)
@@ -130,7 +130,7 @@ def _own_bias(reader: Reader) -> Tensor | None:
 def by_kernel(reader: Reader, kind: str, rank: Rank, seed: int) -> Candidate:
     """A split of every group's kernel by the weight alone.
 
-    >>> from fxsvd.plain import reader_of
+    >>> from fxsvd.folding.plain import reader_of
     >>> from torch import nn
     >>> layer = reader_of(nn.Conv2d(4, 2, 3), torch.zeros(2, 4, 8, 8))
     >>> [tuple(k.shape) for k in by_kernel(layer, "spatial", (1,), 0).kernels]
@@ -155,7 +155,7 @@ def refitted(candidate: Candidate, seen: Outputs) -> Candidate:
         candidate: of any kind.
         seen: rows of that part's input and of the layer's output, side by side.
 
-    >>> from fxsvd.plain import reader_of
+    >>> from fxsvd.folding.plain import reader_of
     >>> from torch import nn
     >>> conv = reader_of(nn.Conv1d(2, 2, 2), torch.zeros(2, 2, 8))
     >>> candidate, seen = by_kernel(conv, "tucker", (1, 1), 0), Outputs()

@@ -2,8 +2,8 @@
 
 The singular value decomposition on data, the one of the weights, the one weighted by gradients and
 every CUR whose right factor is rows of W are such maps, so that one root Z of the outputs'
-covariance (``fxsvd.outputs``) judges all of them: they lose ‖Z − Z Tᵀ‖² of ‖Z‖². The metric of the
-weights themselves is Z = Wᵀ.
+covariance (``fxsvd.factoring.outputs``) judges all of them: they lose ‖Z − Z Tᵀ‖² of ‖Z‖². The
+metric of the weights themselves is Z = Wᵀ.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fxsvd.calibrate import Positions
-from fxsvd.candidates import Candidate
-from fxsvd.outputs import Watch
-from fxsvd.readers import Reader, input_rows, output_rows, positions
+from fxsvd.data.readers import Reader, input_rows, output_rows, positions
+from fxsvd.factoring.candidates import Candidate
+from fxsvd.factoring.outputs import Watch
 from fxsvd.substitution import build
 
 MOST_ROWS = 1024
@@ -22,7 +22,7 @@ MOST_ROWS = 1024
 def output_watch(reader: Reader, wanted: Positions, seed: int) -> Watch:
     """Rows of the layer's output, one block per group.
 
-    >>> from fxsvd.plain import reader_of
+    >>> from fxsvd.folding.plain import reader_of
     >>> from torch import nn
     >>> layer = reader_of(nn.Linear(3, 2), torch.zeros(2, 3))
     >>> output_watch(layer, "all", 0)(torch.ones(5, 3), torch.ones(5, 2)).shape
@@ -41,10 +41,10 @@ def output_watch(reader: Reader, wanted: Positions, seed: int) -> Watch:
 def refit_watch(candidate: Candidate, wanted: Positions, seed: int) -> Watch:
     """Rows of the last part's input beside those of the layer's output.
 
-    >>> from fxsvd.plain import reader_of
+    >>> from fxsvd.folding.plain import reader_of
     >>> from torch import nn
     >>> layer = reader_of(nn.Conv1d(2, 3, 2), torch.zeros(2, 2, 4))
-    >>> from fxsvd.candidates import by_kernel
+    >>> from fxsvd.factoring.candidates import by_kernel
     >>> look = refit_watch(by_kernel(layer, "tucker", (1, 1), 0), "all", 0)
     >>> look(torch.ones(5, 2, 4), torch.ones(5, 3, 3)).shape
     torch.Size([15, 1, 4])

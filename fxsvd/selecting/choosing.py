@@ -19,7 +19,7 @@ from fxsvd.linalg.elimination import backward_elimination, forward_selection
 from fxsvd.linalg.lasso import group_lasso, largest_penalty, norms, support_of_width
 from fxsvd.linalg.reconstruction import Reconstruction
 from fxsvd.relations import Atoms
-from fxsvd.selection import Selection, errors_without, stacked
+from fxsvd.selecting.selection import Selection, errors_without, stacked
 from fxsvd.widths import local_counts
 
 KKT = 1e-5

@@ -17,18 +17,18 @@ import torch
 from torch import Tensor, fx
 
 from fxsvd.analysis import Parameter
-from fxsvd.batches import batches
 from fxsvd.calibrate import Positions, checked, chosen_rows
 from fxsvd.cost import evaluating
+from fxsvd.data.batches import batches
+from fxsvd.data.moments import Moment
+from fxsvd.data.readers import Reader, input_rows
 from fxsvd.dependency import Dependencies
-from fxsvd.edges import Edge, bias_name, input_of, is_layer, places
-from fxsvd.fit import Fit, fit, own_output
 from fxsvd.linalg.low_rank import projection
-from fxsvd.moments import Moment
 from fxsvd.progress import Say, quiet
-from fxsvd.readers import Reader, input_rows
 from fxsvd.relations import Atoms
+from fxsvd.rotating.edges import Edge, bias_name, input_of, is_layer, places
 from fxsvd.running import placed
+from fxsvd.selecting.fit import Fit, fit, own_output
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +189,7 @@ def input_moments(
     Args:
         deps: the analysis.
         wanted: the maps.
-        data: batches, see ``fxsvd.batches``.
+        data: batches, see ``fxsvd.data.batches``.
         positions: rows per sample, see ``fxsvd.calibrate``.
         seed: of the choice of rows.
         say: is told how far it is.

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxsvd.analysis import Parameter
+from fxsvd.data.lookups import lookup, output_size, read
 from fxsvd.dependency import Dependencies
-from fxsvd.lookups import lookup, output_size, read
 from fxsvd.relations import Atoms
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -114,15 +114,15 @@ def _channels(deps: Dependencies, weight: Parameter, module: nn.Module) -> Atoms
     else:
         blocks = [b for b in weight.type.blocks if b.dims[-1] == 1]
         atoms = blocks[0].atoms if blocks else None
-        per_channel = atoms if atoms is None or atoms.ndim == 1 else _by_group(atoms, groups)
+        per_channel = None if atoms is None else _by_group(atoms, groups)
     if per_channel is not None:
         out[:] = deps.channels.of[per_channel]
     return out
 
 
 def _by_group(atoms: Atoms, groups: int) -> Atoms:
-    """``[out, in / groups]``, the same in all rows of a group."""
-    return atoms[:: len(atoms) // groups].ravel()
+    """From ``[out, in / groups]``, the same in all rows of a group; or the same in all groups."""
+    return np.tile(atoms, groups) if atoms.ndim == 1 else atoms[:: len(atoms) // groups].ravel()
 
 
 def _norm_behind(graph: fx.GraphModule, calls: list[fx.Node]) -> str | None:

@@ -2,7 +2,7 @@
 
 There any change of basis is free: the producers write E z, not z, and the consumers read D (E z).
 An operation may stand in between only if it commutes with every matrix across the channels
-(``fxsvd.commuting``). What is not known to is refused, with its name.
+(``fxsvd.rotating.commuting``). What is not known to is refused, with its name.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch.nn import functional as F
 
 from fxsvd.analysis import Parameter
 from fxsvd.axes import Block
-from fxsvd.commuting import why_not
+from fxsvd.data.readers import Reader, readers
 from fxsvd.dependency import Dependencies, Space
 from fxsvd.nests import flatten
-from fxsvd.readers import Reader, readers
 from fxsvd.relations import Atoms
+from fxsvd.rotating.commuting import why_not
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping
 
-from fxsvd.moments import Moment
+from fxsvd.data.moments import Moment
 
 
 class Statistics(dict[str, Moment]):

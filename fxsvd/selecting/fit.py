@@ -14,11 +14,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, fx
 
+from fxsvd.data.moments import Moment
+from fxsvd.data.readers import Reader
 from fxsvd.edits import Assign, Estimate
 from fxsvd.linalg.reconstruction import least_squares
 from fxsvd.linalg.validation import validated_ridge
-from fxsvd.moments import Moment
-from fxsvd.readers import Reader
 
 Mask = npt.NDArray[np.bool_]
 RIDGE = 1e-4

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from fxsvd.calibrate import Positions
-from fxsvd.candidates import (
+from fxsvd.data.readers import Reader
+from fxsvd.factoring.candidates import (
     Candidate,
     by_channel,
     by_kernel,
@@ -18,13 +19,12 @@ from fxsvd.candidates import (
     refitted,
     weight_metrics,
 )
-from fxsvd.factoring import Metric, factored
-from fxsvd.goals import Goal
-from fxsvd.outputs import Outputs, watch, watch_gradients
+from fxsvd.factoring.goals import Goal
+from fxsvd.factoring.maps import Metric, factored
+from fxsvd.factoring.outputs import Outputs, watch, watch_gradients
+from fxsvd.factoring.splitting import Rank, Shape
+from fxsvd.factoring.watching import output_watch, refit_watch
 from fxsvd.progress import Say, quiet
-from fxsvd.readers import Reader
-from fxsvd.splitting import Rank, Shape
-from fxsvd.watching import output_watch, refit_watch
 
 COMPARED = ("channel", "spatial", "tucker")
 ROUNDING = 8

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from fxsvd.coupling import Group
+from fxsvd.data.moments import Moment
+from fxsvd.data.readers import Reader
 from fxsvd.dependency import Dependencies
-from fxsvd.fit import Fit, Mask, lost, own_output
 from fxsvd.importance import Scores
 from fxsvd.linalg.reconstruction import RIDGE, Reconstruction, cholesky, standardize
-from fxsvd.moments import Moment
-from fxsvd.readers import Reader
 from fxsvd.relations import Atoms
+from fxsvd.selecting.fit import Fit, Mask, lost, own_output
 
 
 @dataclass(frozen=True, eq=False)

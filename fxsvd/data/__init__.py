@@ -1,0 +1,1 @@
+"""Data and what layers see of it: batches, rows, moments."""

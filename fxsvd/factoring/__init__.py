@@ -1,0 +1,1 @@
+"""Layers in several parts: how, of what rank, fitted to what."""

@@ -1,0 +1,1 @@
+"""Layers that others can stand in for: which, and when."""

@@ -1,0 +1,1 @@
+"""Changes of basis: where they are free, and which one to take."""

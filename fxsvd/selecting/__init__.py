@@ -1,0 +1,1 @@
+"""Choosing channels and refitting what reads them."""
