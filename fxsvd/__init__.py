@@ -6,25 +6,32 @@ from fxsvd.capture import capture
 from fxsvd.compile import apply, compile, plan
 from fxsvd.data.statistics import Statistics
 from fxsvd.dependency import Dependencies, Space, analyze
-from fxsvd.edits import Plan, Remap, Skip
+from fxsvd.edits import Assign, Estimate, Left, Part, Plan, Remap, Skip, Substitute
 from fxsvd.errors import CaptureError, FxsvdError, PlanError, VerificationError
 from fxsvd.export import export_onnx
 from fxsvd.layers import register_layer
+from fxsvd.measure import Site
 from fxsvd.report import Report
 from fxsvd.rules import register_rule
 from fxsvd.verify import mask, verify
 
 __all__ = [
+    "Assign",
     "CaptureError",
     "Dependencies",
+    "Estimate",
     "FxsvdError",
+    "Left",
+    "Part",
     "Plan",
     "PlanError",
     "Remap",
     "Report",
+    "Site",
     "Skip",
     "Space",
     "Statistics",
+    "Substitute",
     "VerificationError",
     "analyze",
     "apply",

@@ -126,17 +126,16 @@ class Select:
         ]
         live, unread = readable(deps, live, found)
         why |= unread
-        touched = np.zeros(deps.channels.count + 1, dtype=bool)
-        for group, _ in live:
-            touched[group.channels] = True
-        reading = {name: r for name, r in found.items() if touched[r.channels].any()}
-        moments = calibrate(
-            deps, data, layers=reading, positions=self.positions, seed=self.seed, say=say
-        )
+        chained = self.debias and self._top_down
+        late = postponable(deps, [group for group, _ in live], found) if chained else {}
+        now = [i for i in range(len(live)) if i not in self._chosen_only_late(late)]
+        reading = _reading(deps, [live[i][0] for i in now], found)
+        options: dict[str, Any] = {"positions": self.positions, "seed": self.seed, "say": say}
+        moments = calibrate(deps, data, layers=reading, **options) if reading else {}
         selection = Selection(deps, reading, moments, self._bottom_up)
         work = _Work(deps, data, found, live, selection, say)
-        self._choose(work, range(len(live)))
-        fits = self._chained(work) if self.debias and self._top_down else self._fits(work)
+        self._choose(work, now)
+        fits = self._chained(work, late) if chained else self._fits(work)
         left = "its goal, rounding or coupling leaves nothing to remove"
         plan = as_plan(deps, selection.kept[:-1], why, left)
         narrowing = Narrowing.of(deps, plan)
@@ -177,9 +176,12 @@ class Select:
             for n, mask in loses.items()
         ]
 
-    def _chained(self, work: _Work) -> list[Fit]:
-        """One layer after the other; channels that one layer reads are chosen again on the way."""
-        late = postponable(work.deps, [group for group, _ in work.live], work.found)
+    def _chosen_only_late(self, late: dict[str, list[int]]) -> set[int]:
+        """Groups for which no choice is needed before; bottom-up, layers in front look at it."""
+        return set() if self._bottom_up else set(itertools.chain(*late.values()))
+
+    def _chained(self, work: _Work, late: dict[str, list[int]]) -> list[Fit]:
+        """One layer after the other; channels that one layer reads are chosen on the way."""
         wanted = {n: work.found[n] for n in work.found if n in work.losing() or n in late}
         if self.everywhere:
             wanted = downstream(work.deps, work.found, wanted)
@@ -226,3 +228,13 @@ class _Work:
         kept = self.selection.kept
         masks = {n: kept[r.entries()] for n, r in self.found.items()}
         return {n: mask for n, mask in masks.items() if not mask.all()}
+
+
+def _reading(
+    deps: Dependencies, groups: Sequence[Group], found: dict[str, Reader]
+) -> dict[str, Reader]:
+    """The layers that read channels of some groups."""
+    touched = np.zeros(deps.channels.count + 1, dtype=bool)
+    for group in groups:
+        touched[group.channels] = True
+    return {name: r for name, r in found.items() if touched[r.channels].any()}

@@ -115,6 +115,15 @@ def ordered(run: Callable[[Any, Tensor], Tensor], layers: set[str]) -> list[str]
     return [str(n.target) for n in order if n.op == "call_module"]
 
 
+def test_a_norm_that_starts_at_zero_asks_for_nothing() -> None:
+    graph = graph_of(lambda m, x: m.short(x) + m.norm(m.a(x)))
+    with torch.no_grad():
+        graph.get_parameter("norm.weight").zero_()
+    join = join_behind(node(graph, "a"))
+    assert join is not None
+    assert (join.behind(torch.ones(2, 4, 3, 3)) == 0).all()
+
+
 def test_the_other_value_runs_before_the_layer() -> None:
     def run(m: Any, x: Tensor) -> Tensor:
         return m.norm(m.b(m.a(x).relu())) + m.short(x)

@@ -7,7 +7,7 @@
 For the LeNets of train.py: the published table (error at the published size, as compressed and
 after one round of retraining), for selection alone and with low rank on top. Widths and ranks are
 found on training images (lnr_search.py), the test set is looked at for the table only. Sizes count
-float32 parameters. With --figures also error against size by chaining, and with and without
+float32 parameters. With --figures, instead: error against size by chaining, and with and without
 debiasing (lnr_figures.py). Everything lands in WORK; an interrupted run goes on.
 """
 
@@ -22,7 +22,16 @@ from pathlib import Path
 import torch
 from data import Labelled, load, parse
 from lnr_figures import CHAININGS, Figures, errors, kibibytes, publish
-from lnr_search import Knobs, Point, batches, knobs_of_size, parameters, passes, path_down
+from lnr_search import (
+    Knobs,
+    Point,
+    Search,
+    calibrating,
+    knobs_of_size,
+    parameters,
+    passes,
+    path_down,
+)
 from networks import load_trained
 from torch import Tensor, fx, nn
 from train import RECIPES, fit
@@ -61,17 +70,25 @@ class Experiment:
     def name(self) -> str:
         return f"{self.options.network}-mnist"
 
-    def path(self, low_rank: bool) -> list[Point]:
+    def whole(self, low_rank: bool) -> Knobs:
+        """The knobs, not turned."""
         knobs = NETWORKS[self.options.network]
-        if not low_rank:
-            knobs = {knob: n for knob, n in knobs.items() if knob.startswith("width")}
+        return {k: n for k, n in knobs.items() if low_rank or k.startswith("width")}
+
+    def path(self, low_rank: bool) -> list[Point]:
         smallest = min(256 * size for _, size in REPORTED[self.options.network])
-        return path_down(self.model, self.images, knobs, smallest, self.options)
+        return path_down(self.model, self.images, self.whole(low_rank), smallest, self.options)
+
+    def knobs(self, size: int, low_rank: bool) -> Knobs:
+        """The best that were found of a size in KiB."""
+        found = knobs_of_size(self.path(low_rank), 256 * size, self.options.network)
+        search = Search(self.model, self.images, self.options)
+        return search.traded(found, 256 * size, self.whole(low_rank))
 
     def compressed(self, knobs: Knobs) -> fx.GraphModule:
         """Verified, and fitted to more images than the search."""
-        data = batches(self.images, self.options.calibration)
-        chosen = passes(knobs, self.options)
+        data = calibrating(self.model, self.images, self.options.calibration)
+        chosen = passes(knobs, self.options, data, positions="auto")
         return fxsvd.compile(self.model, self.images[:2], passes=chosen, data=data, progress=False)
 
     def retrained(self, model: nn.Module) -> nn.Module:
@@ -92,12 +109,14 @@ class Experiment:
         yield "| published | KiB | share | widths, ranks | test error % | retrained % | seconds |"
         yield "|---|---:|---:|---|---:|---:|---:|"
         yield f"| original | {whole:.0f} | | | {errors(self.model, self.test):.2f} | | |"
-        for low_rank in (False, True):
-            path = self.path(low_rank)
+        retrain = self.options.epochs > 0
+        for low_rank in (True, False):
+            way = "low rank on top" if low_rank else "selection alone"
             (error, size), (again, less) = REPORTED[self.options.network]
-            yield f"| {error} % at {size} KiB {self._row(knobs_of_size(path, 256 * size), False)}"
-            retrain = self.options.epochs > 0
-            yield f"| {again} % at {less} KiB {self._row(knobs_of_size(path, 256 * less), retrain)}"
+            row = self._row(self.knobs(size, low_rank), False)
+            yield f"| {error} % at {size} KiB; {way} {row}"
+            row = self._row(self.knobs(less, low_rank), retrain)
+            yield f"| {again} % at {less} KiB, retrained; {way} {row}"
 
     def _row(self, knobs: Knobs, retrain: bool) -> str:
         start = time.perf_counter()
@@ -121,7 +140,7 @@ def options_given() -> argparse.Namespace:
     parser.add_argument("--calibration", type=int, default=20000, help="training images")
     parser.add_argument("--epochs", type=int, default=15, help="of retraining; 0: none")
     parser.add_argument("--shrink", type=float, default=0.9, help="a step of the search for widths")
-    parser.add_argument("--figures", action="store_true", help="draw them, too")
+    parser.add_argument("--figures", action="store_true", help="draw them, and no table")
     parser.add_argument("--images", type=Path, help="AlexNet: a folder of train/ and val/")
     return parse(parser)
 
@@ -142,16 +161,17 @@ def main() -> None:
     model.to(memory_format=torch.channels_last)  # convolves several times faster
     prepared = prepare(test[0]), test[1]
     experiment = Experiment(model, train, prepare(train[0]), prepared, options)
-    table = []
-    for row in experiment.rows():
-        print(row, flush=True)
-        table.append(row)
-    print("", *table, sep="\n")
     if options.figures:
         figures = Figures(model, experiment.images, prepared, options)
         stem = options.work / f"lnr-{options.network}"
         publish(figures.by_chaining(experiment.path(low_rank=False)), Path(f"{stem}-chaining"))
         publish(figures.by_debiasing(), Path(f"{stem}-debiasing"))
+        return
+    table = []
+    for row in experiment.rows():
+        print(row, flush=True)
+        table.append(row)
+    print("", *table, sep="\n")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ Curve = list[tuple[float, float]]  # KiB, percent of errors
 
 CHAININGS = ("parallel", "top-down", "bottom-up", "bottom-up+refit")
 PENALTIES = (0.5, 0.3, 0.2, 0.12, 0.07, 0.04, 0.02)
-POINTS = 5
+POINTS = 8
+SMALLER = (0.8, 0.6, 0.4, 0.25)  # shares of the widths at the end of the path
 
 
 def kibibytes(model: nn.Module) -> float:
@@ -52,9 +53,11 @@ class Figures:
         self.data, self.test, self.options = batches(images, CALIBRATING), test, options
 
     def by_chaining(self, path: list[Point]) -> dict[str, Curve]:
-        """The same widths, chained in each way."""
+        """The same widths, chained in each way; where the path ends, all of them shrink alike."""
         small = [knobs for size, _, knobs in path if size < 0.5 * path[0][0]]
-        chosen = small[:: max(1, len(small) // POINTS)]
+        chosen = small[:: -(-len(small) // (POINTS - len(SMALLER)))]
+        last = path[-1][2]
+        chosen += [{k: max(1, round(share * n)) for k, n in last.items()} for share in SMALLER]
         return {
             chaining: self._curve([passes(k, self.options, chaining=chaining) for k in chosen])
             for chaining in CHAININGS
@@ -62,7 +65,7 @@ class Figures:
 
     def by_debiasing(self) -> dict[str, Curve]:
         """Along the penalties of the lasso, with and without the second fit."""
-        lasso = {"method": "lasso", "chaining": "parallel", "positions": 8}
+        lasso: dict[str, Any] = {"method": "lasso", "chaining": "parallel", "positions": 8}
         return {
             name: self._curve([[Select(penalty=p, debias=debias, **lasso)] for p in PENALTIES])
             for name, debias in (("debiased", True), ("the lasso's own coefficients", False))

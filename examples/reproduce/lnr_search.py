@@ -1,16 +1,17 @@
 """How wide the spaces get, and of what rank the layers, for lnr.py: greedy steps, on training data.
 
 Whatever costs the least Kullback-Leibler divergence from the original's outputs per parameter saved
-shrinks by a tenth (or ``--shrink``). Some training images calibrate, others judge, a pixel off
+shrinks by a tenth (or ``--shrink``). Some training images calibrate, others judge, all a pixel off
 their place: a network that has learnt them by heart makes its usual errors there. Not a command.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,10 +25,13 @@ Knobs = dict[str, int]  # "width LAYER" and "rank LAYER"
 Point = tuple[int, float, Knobs]  # parameters, divergence, knobs
 
 READS = {  # the space that a layer reads (none: the input), and how many entries each channel has
-    "lenet_300_100": {"fc1": ("", 784)},
-    "lenet_5": {"conv2": ("conv1", 25), "fc1": ("conv2", 16)},
+    "lenet_300_100": {"fc1": ("", 784), "fc2": ("fc1", 1), "fc3": ("fc2", 1)},
+    "lenet_5": {"conv1": ("", 25), "conv2": ("conv1", 25), "fc1": ("conv2", 16), "fc2": ("fc1", 1)},
 }
+CLASSES = 10
 CALIBRATING, JUDGING = 2000, 4000  # images
+HARD = 1 / 4  # the share of the calibrating images that are those of the highest entropy
+COARSE, FINE = 0.1, 0.05  # trades, relative to a knob
 MOVES = ((1, 0), (-1, 0), (0, 1), (0, -1))
 
 
@@ -35,20 +39,44 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def passes(knobs: Knobs, options: argparse.Namespace, **changes: Any) -> list[Any]:
-    """Selection, then low rank where a rank among the knobs saves parameters."""
-    sizes: dict[str, Knobs] = {"width": {}, "rank": {}}
-    for knob, number in knobs.items():
-        kind, layer = knob.split()
-        sizes[kind][layer] = number
+def layers(network: str, knobs: Knobs) -> Iterator[tuple[str, int, int, int]]:
+    """Each layer, its outputs, its inputs, and its rank: 0 where that would save nothing."""
+    for layer, (space, entries) in READS[network].items():
+        m = knobs.get(f"width {layer}", CLASSES)
+        n = knobs.get(f"width {space}", 1) * entries
+        rank = knobs.get(f"rank {layer}", m)
+        yield layer, m, n, rank if rank * (m + n) < m * n else 0
+
+
+def size(network: str, knobs: Knobs) -> int:
+    """Parameters."""
+    return sum(m + (r * (m + n) if r else m * n) for _, m, n, r in layers(network, knobs))
+
+
+def passes(
+    knobs: Knobs, options: argparse.Namespace, weighted: Sequence[Tensor] = (), **changes: Any
+) -> list[Any]:
+    """Selection, then low rank where a rank among the knobs saves parameters.
+
+    With images to weight by, low rank looks at what the outputs are sensitive to.
+    """
+    widths = {k.split()[1]: number for k, number in knobs.items() if k.startswith("width")}
     chosen = {"method": options.method, "chaining": options.chaining, "debias": options.debias}
-    found: list[Any] = [Select(width=sizes["width"], **({"positions": 8} | chosen | changes))]
-    ranks = {}
-    for layer, rank in sizes["rank"].items():
-        space, entries = READS[options.network][layer]
-        m, n = sizes["width"][layer], sizes["width"].get(space, 1) * entries
-        ranks |= {layer: rank} if rank * (m + n) < m * n else {}
-    return [*found, Factorize(rank=ranks)] if ranks else found
+    found: list[Any] = [Select(width=widths, **({"positions": 8} | chosen | changes))]
+    ranks = {layer: rank for layer, _, _, rank in layers(options.network, knobs) if rank}
+    if not ranks:
+        return found
+    if not weighted:
+        return [*found, Factorize(rank=ranks)]
+    generator = torch.Generator().manual_seed(0)
+    noise = [torch.randn(len(x), CLASSES, generator=generator) for x in weighted]
+    data = list(zip(weighted, noise, strict=True))
+    return [*found, Factorize(rank=ranks, method="gradient", loss=_along, data=data)]
+
+
+def _along(outputs: Tensor, noise: Tensor) -> Tensor:
+    """Its gradients have the second moment of the outputs' Jacobian."""
+    return (outputs * noise).sum()
 
 
 def batches(images: Tensor, count: int) -> list[Tensor]:
@@ -56,15 +84,31 @@ def batches(images: Tensor, count: int) -> list[Tensor]:
     return [part.clone() for part in images[:count].split(500)]
 
 
+def moved(images: Tensor) -> Tensor:
+    """A quarter of the images up, down, left and right by a pixel (their margins are empty)."""
+    parts = zip(images.chunk(len(MOVES)), MOVES, strict=True)
+    return torch.cat([part.roll(move, (2, 3)) for part, move in parts])
+
+
+@torch.no_grad()
+def calibrating(model: nn.Module, images: Tensor, count: int) -> list[Tensor]:
+    """Images of which the network is least sure, and others, in batches; no label is looked at."""
+    images = moved(images[:-JUDGING])
+    sure = torch.cat([model(part).double() for part in images.split(500)]).log_softmax(1)
+    hard = (sure.exp() * sure).sum(1).argsort()[: int(HARD * count)]
+    generator = torch.Generator().manual_seed(0)
+    others = torch.randperm(len(images), generator=generator)[: count - len(hard)]
+    chosen = torch.cat([hard, others])
+    return batches(images[chosen[torch.randperm(count, generator=generator)]], count)
+
+
 class Search:
     """Judges knobs, and turns them one at a time."""
 
     def __init__(self, model: nn.Module, images: Tensor, options: argparse.Namespace) -> None:
         self.graph = fxsvd.capture(model, images[:2])
-        self.data = batches(images, CALIBRATING)
-        parts = images[-JUDGING:].chunk(len(MOVES))
-        moved = [part.roll(move, (2, 3)) for part, move in zip(parts, MOVES, strict=True)]
-        self.judged = torch.cat(moved).split(500)
+        self.data = calibrating(model, images, CALIBRATING)
+        self.judged = moved(images[-JUDGING:]).split(500)
         self.options = options
         self.wanted = self.outputs(self.graph)
 
@@ -82,6 +126,33 @@ class Search:
         small = fxsvd.apply(self.graph, plan)
         divergence = (self.wanted.exp() * (self.wanted - self.outputs(small))).sum(1).mean()
         return parameters(small), float(divergence), knobs
+
+    def traded(self, knobs: Knobs, most: int, whole: Knobs) -> Knobs:
+        """One knob up and another one down, while that helps, at a size that hardly changes."""
+        best, share = self.judge(knobs), COARSE
+        while share >= FINE:
+            before = best
+            for up, down in itertools.permutations(knobs, 2):
+                while trial := self._trade(best[2], up, down, share, most, whole):
+                    found = self.judge(trial)
+                    if found[1] >= best[1]:
+                        break
+                    best = found
+                    print(f"  traded: divergence {best[1]:.6f}, {best[2]}", flush=True)
+            share = share if best is not before else share / 2
+        return best[2]
+
+    def _trade(
+        self, knobs: Knobs, up: str, down: str, share: float, most: int, whole: Knobs
+    ) -> Knobs | None:
+        """Up by a share, and down until the size fits; None where either is impossible."""
+        network, more = self.options.network, knobs[up] + max(1, round(share * knobs[up]))
+        trial = knobs | {up: more}
+        bought = size(network, trial) - size(network, knobs)
+        while size(network, trial) > most and trial[down] > 2:
+            trial[down] -= 1
+        fits = size(network, trial) <= most and more <= whole[up] and trial != knobs
+        return trial if fits and bought > 0 and trial[down] >= knobs[down] / 2 else None
 
     def steps(self, start: Point) -> Iterator[Point]:
         """From a point on: the cheapest step first, prices looked at again when they matter."""
@@ -122,10 +193,10 @@ def path_down(
     return points
 
 
-def knobs_of_size(points: list[Point], most: int) -> Knobs:
+def knobs_of_size(points: list[Point], most: int, network: str) -> Knobs:
     """The first on the path that is small enough, its last step only as long as it has to be."""
     last = next(i for i, point in enumerate(points) if point[0] <= most)
-    (large, _, before), (small, _, after) = points[max(last - 1, 0)], points[last]
+    before, after = points[max(last - 1, 0)][2], points[last][2]
     (knob,) = (k for k in after if after[k] != before[k])
-    each = (large - small) / (before[knob] - after[knob])
-    return after | {knob: before[knob] - math.ceil((large - most) / each)}
+    fitting = (after | {knob: n} for n in range(before[knob], after[knob], -1))
+    return next((knobs for knobs in fitting if size(network, knobs) <= most), after)

@@ -54,6 +54,7 @@ class _Sweep:
     def removing(cls, problem: Reconstruction, share: float, ridge: float) -> _Sweep:
         r, ryx = _arranged(problem)
         lower = cholesky(r, ridge)
+        del r  # as large as all that comes
         grouped, size = problem.groups.numel(), problem.groups.shape[1]
         m = torch.cholesky_solve(ryx.T, lower).T
         # Taking out groups never reads the rows of entries that stay.
@@ -105,6 +106,9 @@ def _arranged(problem: Reconstruction) -> tuple[Tensor, Tensor]:
     """Standardized R, and R_yx: group after group, then the rest; pads are inputs without data."""
     free = (problem.owner == len(problem.groups)).nonzero()[:, 0]
     order = torch.cat([problem.groups.flatten(), free])
+    if torch.equal(order, torch.arange(len(problem.r), device=order.device)):
+        matrix, scale = standardize(problem.r)  # the usual order: no copy
+        return matrix, problem.ryx * scale
     real = order >= 0
     matrix, scale = standardize(problem.r[order][:, order] * (real[:, None] & real))
     return matrix, problem.ryx[:, order] * scale

@@ -24,6 +24,7 @@ from fxsvd.data.batches import Batch, batches, samples
 from fxsvd.data.moments import Moment
 from fxsvd.data.readers import Reader, input_rows, output_rows
 from fxsvd.dependency import Dependencies
+from fxsvd.errors import FxsvdError
 from fxsvd.narrowing import Narrowing
 from fxsvd.progress import Say, quiet
 from fxsvd.reference import silenced
@@ -176,6 +177,11 @@ class _Pair:
                 target = y + output_rows(reader.module, join.behind(change), where)
             both = [t.reshape(len(y), reader.groups, -1) for t in (target, y)]
             moment.add(input_rows(reader.module, x, where), torch.cat(both, dim=-1))
+            if not moment.finite:
+                raise FxsvdError(
+                    f"{reader.layer} sees numbers that are not finite in batch {number} of the "
+                    "data: check the data and the weights"
+                )
         return moment
 
     def _enough(self, reader: Reader, x: Tensor) -> int:

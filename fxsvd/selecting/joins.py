@@ -32,7 +32,7 @@ class Join:
             return change
         scale = (self.norm.running_var + self.norm.eps).rsqrt()
         scale = scale if self.norm.weight is None else scale * self.norm.weight
-        small = scale.abs() < SMALLEST_SCALE * scale.abs().max()
+        small = scale.abs() <= SMALLEST_SCALE * scale.abs().max()  # all, if all are zero
         factor = torch.where(small, 0.0, 1 / scale)
         return change * factor.reshape(-1, *(1 for _ in change.shape[2:]))
 
