@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TypeVar
@@ -13,16 +13,26 @@ from fxsvd.dependency import Dependencies, Space, layer_name
 from fxsvd.errors import PlanError
 
 Name = str | nn.Module
+Names = Name | Collection[Name]
 Value = TypeVar("Value")
 
 
-def spaces_named(deps: Dependencies, names: Iterable[Name]) -> set[int]:
+def listed(names: Names) -> tuple[Name, ...]:
+    """The names, where a single one may stand for itself.
+
+    >>> listed("conv1"), listed(["conv1", "fc"])
+    (('conv1',), ('conv1', 'fc'))
+    """
+    return (names,) if isinstance(names, str | nn.Module) else tuple(names)
+
+
+def spaces_named(deps: Dependencies, names: Names) -> set[int]:
     """Numbers of the spaces that any of the names means: by its own name or by a producer's.
 
     Raises:
         PlanError: a name means nothing in this network; near names are suggested.
     """
-    return {i for name in names for i in _spaces_of(deps, name)}
+    return {i for name in listed(names) for i in _spaces_of(deps, name)}
 
 
 def by_name(deps: Dependencies, values: Mapping[str, Value]) -> dict[int, Value]:

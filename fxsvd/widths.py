@@ -12,7 +12,7 @@ from fxsvd.dependency import Dependencies
 from fxsvd.edits import Plan, Remap, Skip
 from fxsvd.errors import PlanError
 from fxsvd.importance import Scores
-from fxsvd.naming import Name, by_name, spaces_named
+from fxsvd.naming import Names, by_name, listed, spaces_named
 from fxsvd.relations import Atoms
 
 Ratio = float | Mapping[str, float]
@@ -68,7 +68,7 @@ class WidthGoal:
         return 0 <= number < 1 or (self.by == "penalty" and number == 1)
 
     def per_space(
-        self, deps: Dependencies, only: tuple[Name, ...], ignore: tuple[Name, ...]
+        self, deps: Dependencies, only: Names, ignore: Names
     ) -> tuple[Scores, dict[int, str]]:
         """A number per space (0 where it stays; of a width the ratio), and why it is 0."""
         numbers, why = wanted_numbers(deps, self.value, only, ignore, self.by)
@@ -100,7 +100,7 @@ def require_multiple(round_to: int) -> None:
 
 
 def wanted_ratios(
-    deps: Dependencies, ratio: Ratio, only: tuple[Name, ...], ignore: tuple[Name, ...]
+    deps: Dependencies, ratio: Ratio, only: Names, ignore: Names
 ) -> tuple[Scores, dict[int, str]]:
     """A ratio per space, and why it is 0 where it is."""
     return wanted_numbers(deps, ratio, only, ignore, "ratio")
@@ -109,8 +109,8 @@ def wanted_ratios(
 def wanted_numbers(
     deps: Dependencies,
     value: float | Mapping[str, float],
-    only: tuple[Name, ...],
-    ignore: tuple[Name, ...],
+    only: Names,
+    ignore: Names,
     option: str,
 ) -> tuple[Scores, dict[int, str]]:
     """A number per space, given for all or by name as an option, and why it is 0 where it is."""
@@ -120,7 +120,7 @@ def wanted_numbers(
         why = f"no pattern of `{option}` matches it"
     else:
         wanted, why = dict.fromkeys(range(len(deps.spaces)), float(value)), f"{option} is 0"
-    if only:
+    if listed(only):
         named = spaces_named(deps, only)
         wanted, why = {i: n for i, n in wanted.items() if i in named}, "not in `only`"
     ignored = spaces_named(deps, ignore)

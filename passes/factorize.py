@@ -26,7 +26,7 @@ from fxsvd.factoring.trials import Trials
 from fxsvd.folding.picking import chosen_layers, value_by_layer
 from fxsvd.folding.plain import plain_layers
 from fxsvd.importance import require_numbers
-from fxsvd.naming import Name
+from fxsvd.naming import Names, listed
 from fxsvd.progress import Say, quiet
 
 Number = float | Mapping[str, float]
@@ -86,8 +86,8 @@ class Factorize:
     last: bool = False
     data_aware: bool | None = None
     rounding: Literal["down", "up"] = "down"
-    only: tuple[Name, ...] = ()
-    ignore: tuple[Name, ...] = ()
+    only: Names = ()
+    ignore: Names = ()
     loss: Any = None
     data: Iterable[Any] | None = field(default=None, compare=False)
     positions: Positions = "auto"
@@ -171,7 +171,7 @@ class Factorize:
 
     def _goals(self, wanted: Mapping[str, Reader], numbers: Mapping[str, float]) -> dict[str, Goal]:
         """A rank is asked of layers by name, or of some layer at least."""
-        strict = isinstance(self._number, Mapping) or bool(self.only)
+        strict = isinstance(self._number, Mapping) or bool(listed(self.only))
         if self._goal == "rank" and not strict:
             most = [
                 max(map(Shape.of(r.module).most, Shape.of(r.module).kinds)) for r in wanted.values()

@@ -30,7 +30,7 @@ from fxsvd.folding.composing import Run, composed, double_copy, partition, runs
 from fxsvd.folding.picking import chosen_layers
 from fxsvd.folding.plain import alone, calls_of, plain_layers
 from fxsvd.importance import require_numbers
-from fxsvd.naming import Name
+from fxsvd.naming import Names
 from fxsvd.passes.prune import Prune
 from fxsvd.progress import Say, quiet
 from fxsvd.substitution import linear_part
@@ -54,8 +54,8 @@ class Fold:
     True
     """
 
-    only: tuple[Name, ...] = ()
-    ignore: tuple[Name, ...] = ()
+    only: Names = ()
+    ignore: Names = ()
     dead: bool = True
 
     def propose(self, deps: Dependencies, data: Data = None, say: Say = quiet) -> Plan:

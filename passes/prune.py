@@ -21,7 +21,7 @@ from fxsvd.edits import Plan
 from fxsvd.errors import PlanError
 from fxsvd.heads import HeadGroup, by_heads
 from fxsvd.importance import Scores
-from fxsvd.naming import Name
+from fxsvd.naming import Names
 from fxsvd.progress import Say, quiet
 from fxsvd.relations import Atoms
 from fxsvd.widths import (
@@ -70,8 +70,8 @@ class Prune:
     criterion: str = "l2"
     scope: Literal["local", "global"] = "local"
     round_to: int = 1
-    only: tuple[Name, ...] = ()
-    ignore: tuple[Name, ...] = ()
+    only: Names = ()
+    ignore: Names = ()
     loss: Any = None
     data: Iterable[Any] | None = field(default=None, compare=False)
     seed: int = 0

@@ -22,7 +22,7 @@ from fxsvd.dependency import Dependencies
 from fxsvd.edits import Assign, Plan
 from fxsvd.errors import PlanError
 from fxsvd.importance import Scores, require_numbers
-from fxsvd.naming import Name
+from fxsvd.naming import Names
 from fxsvd.progress import Say, quiet
 from fxsvd.rewrite import rewrite
 from fxsvd.rotating.bases import Basis, best_basis, input_moments, new_values, refitted
@@ -70,8 +70,8 @@ class Rotate:
     ratio: Ratio = 0.5
     metric: Literal["outputs", "values"] = "outputs"
     round_to: int = 1
-    only: tuple[Name, ...] = ()
-    ignore: tuple[Name, ...] = ()
+    only: Names = ()
+    ignore: Names = ()
     positions: Positions = "auto"
     seed: int = 0
 

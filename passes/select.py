@@ -24,7 +24,7 @@ from fxsvd.dependency import Dependencies
 from fxsvd.edits import Plan
 from fxsvd.errors import PlanError
 from fxsvd.importance import require_numbers
-from fxsvd.naming import Name
+from fxsvd.naming import Names
 from fxsvd.narrowing import Narrowing
 from fxsvd.progress import Say, quiet
 from fxsvd.selecting.chained import downstream, refit_chained
@@ -82,8 +82,8 @@ class Select:
     chaining: Literal["parallel", "top-down", "bottom-up", "bottom-up+refit"] = "bottom-up+refit"
     debias: bool = True
     round_to: int = 1
-    only: tuple[Name, ...] = ()
-    ignore: tuple[Name, ...] = ()
+    only: Names = ()
+    ignore: Names = ()
     everywhere: bool = True
     positions: Positions = "auto"
     seed: int = 0

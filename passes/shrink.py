@@ -22,7 +22,7 @@ from fxsvd.dependency import Dependencies, Space
 from fxsvd.edits import Assign, Plan
 from fxsvd.importance import Scores, require_numbers
 from fxsvd.linalg.interpolation import fit_rows, pivoted_qr
-from fxsvd.naming import Name
+from fxsvd.naming import Names
 from fxsvd.progress import Say, quiet
 from fxsvd.rotating.bases import mixed
 from fxsvd.rotating.edges import places
@@ -60,8 +60,8 @@ class Shrink:
 
     ratio: Ratio = 0.5
     round_to: int = 1
-    only: tuple[Name, ...] = ()
-    ignore: tuple[Name, ...] = ()
+    only: Names = ()
+    ignore: Names = ()
 
     def __post_init__(self) -> None:
         require_ratio(self.ratio)

@@ -17,7 +17,7 @@ from fxsvd.dependency import Dependencies
 from fxsvd.edits import Assign, Plan
 from fxsvd.errors import PlanError
 from fxsvd.importance import Scores, require_numbers
-from fxsvd.naming import Name
+from fxsvd.naming import Names
 from fxsvd.progress import Say, quiet
 from fxsvd.rotating.streams import Stream, streams
 from fxsvd.rotating.turning import encoder, second_moments, turn
@@ -55,8 +55,8 @@ class Slice:
 
     ratio: Ratio = 0.25
     round_to: int = 1
-    only: tuple[Name, ...] = ()
-    ignore: tuple[Name, ...] = ()
+    only: Names = ()
+    ignore: Names = ()
 
     def __post_init__(self) -> None:
         require_ratio(self.ratio)

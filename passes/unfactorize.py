@@ -16,7 +16,7 @@ from fxsvd.folding.composing import composed, obstacle, partition, runs
 from fxsvd.folding.picking import chosen_layers
 from fxsvd.folding.plain import plain_layers
 from fxsvd.importance import require_numbers
-from fxsvd.naming import Name
+from fxsvd.naming import Names
 from fxsvd.progress import Say, quiet
 
 
@@ -33,8 +33,8 @@ class Unfactorize:
     False
     """
 
-    only: tuple[Name, ...] = ()
-    ignore: tuple[Name, ...] = ()
+    only: Names = ()
+    ignore: Names = ()
     always: bool = False
 
     def propose(self, deps: Dependencies, data: Data = None, say: Say = quiet) -> Plan:

@@ -126,6 +126,7 @@ def test_only_and_ignore_mean_a_space_by_any_of_its_producers():
     net = Residual()
     assert widths(propose(net, only=("d",))) == {"stem": 8}
     assert widths(propose(net, only=(net.b,))) == {"stem": 8}
+    assert widths(propose(net, only="d")) == widths(propose(net, only=net.b)) == {"stem": 8}
     assert widths(propose(net, ignore=("b", "c*"))) == {"a": 10}
     skipped = {s.space: s.why for s in propose(net, ignore=(net.d,)).skips}
     assert skipped["stem"] == "in `ignore`"
@@ -134,6 +135,7 @@ def test_only_and_ignore_mean_a_space_by_any_of_its_producers():
 def test_containers_are_meant_by_prefix():
     net = nn.Sequential(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8)), nn.Linear(8, 2))
     assert widths(propose(net, torch.zeros(2, 4), only=("0",))) == {"0.0": 4, "0.2": 4}
+    assert widths(propose(net, torch.zeros(2, 4), only=net[0])) == {"0.0": 4, "0.2": 4}
 
 
 class Attention(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TypeVar
@@ -10,12 +10,12 @@ from typing import TypeVar
 from torch import fx, nn
 
 from fxsvd.errors import PlanError
-from fxsvd.naming import Name
+from fxsvd.naming import Name, Names, listed
 
 Value = TypeVar("Value")
 
 
-def layers_named(graph: fx.GraphModule, layers: Collection[str], names: Iterable[Name]) -> set[str]:
+def layers_named(graph: fx.GraphModule, layers: Collection[str], names: Names) -> set[str]:
     """Those of the layers that any of the names means.
 
     Args:
@@ -30,11 +30,11 @@ def layers_named(graph: fx.GraphModule, layers: Collection[str], names: Iterable
     >>> layers_named(graph, ["0"], ["*"]), layers_named(graph, ["0"], ["1"])
     ({'0'}, set())
     """
-    return {layer for name in names for layer in _meant(graph, layers, name)}
+    return {layer for name in listed(names) for layer in _meant(graph, layers, name)}
 
 
 def chosen_layers(
-    graph: fx.GraphModule, layers: Collection[str], only: Iterable[Name], ignore: Iterable[Name]
+    graph: fx.GraphModule, layers: Collection[str], only: Names, ignore: Names
 ) -> dict[str, str]:
     """Why layers stay that the options leave out: by layer, in words.
 
@@ -51,7 +51,7 @@ def chosen_layers(
     >>> chosen_layers(graph, ["0", "1"], only=["1"], ignore=[])
     {'0': 'not in `only`'}
     """
-    wanted, unwanted = tuple(only), layers_named(graph, layers, ignore)
+    wanted, unwanted = listed(only), layers_named(graph, layers, ignore)
     meant = layers_named(graph, layers, wanted) if wanted else set(layers)
     why = {layer: "not in `only`" for layer in layers if layer not in meant}
     return why | {layer: "in `ignore`" for layer in layers if layer in unwanted}
