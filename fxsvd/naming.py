@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
-from torch import nn
+from torch import fx, nn
 
 from fxsvd.dependency import Dependencies, Space, layer_name
 from fxsvd.errors import PlanError
@@ -44,27 +44,32 @@ def by_name(deps: Dependencies, values: Mapping[str, Value]) -> dict[int, Value]
     return out
 
 
+def paths_of(graph: fx.GraphModule, module: nn.Module) -> list[str]:
+    """Where the module is in the network; of a container that capture took apart: its layers.
+
+    Raises:
+        PlanError: it is no part of the network.
+    """
+    found = [path for path, candidate in graph.named_modules() if candidate is module]
+    if found:
+        return found
+    parameters = {id(p): name for name, p in graph.named_parameters()}
+    within = {layer_name(parameters[i]) for i in map(id, module.parameters()) if i in parameters}
+    if not within:
+        raise PlanError(f"this {type(module).__name__} is no part of the network")
+    return sorted(within)
+
+
 def _spaces_of(deps: Dependencies, name: Name) -> list[int]:
-    pattern = name if isinstance(name, str) else _path(deps, name)
-    found = [i for i, space in enumerate(deps.spaces) if _means(pattern, space)]
-    if found or _is_known(deps, pattern):
+    graph = deps.analysis.graph
+    patterns = [name] if isinstance(name, str) else paths_of(graph, name)
+    found = [i for i, s in enumerate(deps.spaces) if any(_means(p, s) for p in patterns)]
+    if found or any(_is_known(graph, p) for p in patterns):
         return found
     known = sorted({n for space in deps.spaces for n in _names(space)})
-    near = get_close_matches(pattern, known, 3, 0.4)
+    near = get_close_matches(patterns[0], known, 3, 0.4)
     hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
-    raise PlanError(f"no layer or space is called {pattern!r}{hint}")
-
-
-def _path(deps: Dependencies, module: nn.Module) -> str:
-    path: str
-    for path, candidate in deps.analysis.graph.named_modules():
-        if candidate is module:
-            return path
-    parameters = {id(p): n for n, p in deps.analysis.graph.named_parameters()}
-    for p in module.parameters():
-        if id(p) in parameters:
-            return layer_name(parameters[id(p)])
-    raise PlanError(f"this {type(module).__name__} is no part of the network")
+    raise PlanError(f"no layer or space is called {patterns[0]!r}{hint}")
 
 
 def _names(space: Space) -> list[str]:
@@ -78,7 +83,6 @@ def _means(pattern: str, space: Space) -> bool:
     )
 
 
-def _is_known(deps: Dependencies, pattern: str) -> bool:
+def _is_known(graph: fx.GraphModule, pattern: str) -> bool:
     """Whether the name is a layer that produces no channels (an activation, say)."""
-    graph = deps.analysis.graph
     return any(fnmatchcase(path, pattern) for path, _ in graph.named_modules() if path)

@@ -7,10 +7,10 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
-from torch import fx, nn
+from torch import fx
 
 from fxsvd.errors import PlanError
-from fxsvd.naming import Name, Names, listed
+from fxsvd.naming import Name, Names, listed, paths_of
 
 Value = TypeVar("Value")
 
@@ -26,6 +26,7 @@ def layers_named(graph: fx.GraphModule, layers: Collection[str], names: Names) -
     Raises:
         PlanError: a name means nothing in this network; near names are suggested.
 
+    >>> from torch import nn
     >>> graph = fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
     >>> layers_named(graph, ["0"], ["*"]), layers_named(graph, ["0"], ["1"])
     ({'0'}, set())
@@ -47,6 +48,7 @@ def chosen_layers(
     Raises:
         PlanError: a name means nothing in this network.
 
+    >>> from torch import nn
     >>> graph = fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
     >>> chosen_layers(graph, ["0", "1"], only=["1"], ignore=[])
     {'0': 'not in `only`'}
@@ -65,6 +67,7 @@ def value_by_layer(
     Raises:
         PlanError: a pattern means nothing in this network.
 
+    >>> from torch import nn
     >>> graph = fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
     >>> value_by_layer(graph, ["0", "1"], {"1": 5, "*": 7})
     {'1': 5, '0': 7}
@@ -79,22 +82,15 @@ def value_by_layer(
 
 
 def _meant(graph: fx.GraphModule, layers: Collection[str], name: Name) -> list[str]:
-    pattern = name if isinstance(name, str) else _path(graph, name)
-    found = [path for path in layers if _means(pattern, path)]
+    patterns = [name] if isinstance(name, str) else paths_of(graph, name)
+    found = [path for path in layers if any(_means(pattern, path) for pattern in patterns)]
     modules = [path for path, _ in graph.named_modules() if path]
-    if found or any(fnmatchcase(path, pattern) for path in modules):
+    if found or any(fnmatchcase(path, pattern) for path in modules for pattern in patterns):
         return found
-    near = get_close_matches(pattern, modules, 3, 0.4)
+    near = get_close_matches(patterns[0], modules, 3, 0.4)
     hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
-    raise PlanError(f"no layer is called {pattern!r}{hint}")
+    raise PlanError(f"no layer is called {patterns[0]!r}{hint}")
 
 
 def _means(pattern: str, path: str) -> bool:
     return path == pattern or path.startswith(f"{pattern}.") or fnmatchcase(path, pattern)
-
-
-def _path(graph: fx.GraphModule, module: nn.Module) -> str:
-    for path, candidate in graph.named_modules():
-        if candidate is module:
-            return str(path)
-    raise PlanError(f"this {type(module).__name__} is no part of the network")
