@@ -368,10 +368,11 @@ def test_data_that_is_not_finite_is_refused(chaining: Any) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 
 
-def test_too_few_samples_are_warned_of_and_still_give_a_network() -> None:
+@pytest.mark.parametrize("chaining", CHAININGS)
+def test_too_few_samples_are_warned_of_and_still_give_a_network(chaining: Any) -> None:
     net, data = made("mlp")
     with pytest.warns(UserWarning, match="at least 16 samples"):
-        small = compiled(net, [data[0][:5]], Select(ratio=0.5))
+        small = compiled(net, [data[0][:5]], Select(ratio=0.5, chaining=chaining))
     assert small(data[0]).isfinite().all()
 
 

@@ -20,9 +20,11 @@ from torch import Tensor, fx
 
 from fxsvd.calibrate import Positions, checked, chosen_rows, rows_per_sample
 from fxsvd.cost import evaluating
+from fxsvd.data import ranks
 from fxsvd.data.batches import Batch, batches, samples
 from fxsvd.data.moments import Moment
 from fxsvd.data.readers import Reader, input_rows, output_rows
+from fxsvd.data.statistics import Statistics, warned
 from fxsvd.dependency import Dependencies
 from fxsvd.errors import FxsvdError
 from fxsvd.narrowing import Narrowing
@@ -67,12 +69,16 @@ def refit_chained(
     Yields:
         The fit of each layer, once the twin computes with it. Its error is that of the outputs
         that the layer had in the original, whatever its target was.
+
+    Warns:
+        UserWarning: a layer saw fewer rows than a row has entries.
     """
     values = {id(p.value): p.value.detach() for p in deps.analysis.parameters.values()}
     twin = silenced(deps, narrowing, values, double=False)
     graph, choosing = deps.analysis.graph, choosing or {}
     with torch.no_grad(), evaluating(graph), evaluating(twin):
         pair = _Pair(graph, twin, list(batches(data, graph)))
+        seen = Statistics({}, int(ranks.gathered([pair.samples]).sum()))
         for node in schedule(twin, wanted):
             own = pair.own.get(node.name)  # a twin has nodes more than the original: masks
             if own is not None:
@@ -82,6 +88,7 @@ def refit_chained(
                 say(f"refitting {reader.layer}")
                 moment, own_moment = _halves(pair.moment(node, reader, positions, seed).reduced())
                 checked({reader.layer: moment})
+                seen[reader.layer] = Moment(moment.count, moment.mean)
                 choose = choosing.get(reader.layer)
                 stays = choose(moment) if choose else alive(reader, deps, narrowing)
                 found = fit(reader, moment, stays).judged(own_moment)
@@ -91,6 +98,7 @@ def refit_chained(
             pair.twin.leave(node)
             if own is not None:
                 pair.original.leave(own)
+    warned(seen)
 
 
 def downstream(
