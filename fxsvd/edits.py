@@ -16,12 +16,12 @@ from fxsvd.errors import PlanError
 
 @dataclass(frozen=True)
 class Remap:
-    """A space keeps some of its channels, bit-identical, in their order.
+    """A space keeps some of its channels, bit-identical, in their order, or gets copies of some.
 
     Attributes:
         space: the space's name.
         width: how many channels it has.
-        keep: which of them stay, ascending.
+        keep: which of them stay, ascending; one that is there twice gets a copy beside it.
     """
 
     space: str
@@ -39,7 +39,8 @@ class Assign:
 
     Attributes:
         parameter: its name; ``LAYER.bias`` of a linear layer or convolution without one adds it.
-        value: the numbers, in the shape that the parameter has before anything is narrowed.
+        value: the numbers, in the shape that the parameter has before anything is narrowed (or,
+            where channels get copies, in the shape that it has afterwards).
         why: what they are.
     """
 
@@ -169,6 +170,11 @@ class Plan:
     estimates: tuple[Estimate, ...] = ()
     exact: bool = False
     left: tuple[Left, ...] = ()
+
+    @property
+    def widens(self) -> bool:
+        """Whether any space gets copies of channels."""
+        return any(len(set(edit.keep)) < len(edit.keep) for edit in self.edits)
 
     def __str__(self) -> str:
         """One line per edit, and per space or layer that stays."""

@@ -44,7 +44,7 @@ class Narrowing:
         channels = np.ones(deps.channels.count, dtype=bool)
         spaces = {space.name: space for space in deps.spaces}
         for edit in plan.edits:
-            space = _space(edit, spaces)
+            space = meant(edit, spaces)
             gone = np.ones(space.width, dtype=bool)
             gone[list(edit.keep)] = False
             channels[space.channels[gone]] = False
@@ -106,6 +106,10 @@ class Narrowing:
         """The new numbers of a parameter, in its full shape; ``value`` where it has none."""
         new = self.values.get(known.names[0])
         return value if new is None else new.to(value.device, value.dtype, copy=True)
+
+    def after(self, known: Parameter, value: torch.Tensor) -> torch.Tensor:
+        """A parameter afterwards: its new numbers if it has any, narrowed."""
+        return self.narrow(self.assigned(known, value), known.type)
 
     def touches(self, t: TensorType) -> bool:
         """Whether anything of the tensor goes."""
@@ -194,7 +198,12 @@ def _drop_empty_rows(channels: Mask, deps: Dependencies) -> None:
         channels[of[parents[empty]]] = False
 
 
-def _space(edit: Remap, spaces: dict[str, Space]) -> Space:
+def meant(edit: Remap, spaces: dict[str, Space]) -> Space:
+    """The space that an edit is about.
+
+    Raises:
+        PlanError: the network has none of that name and width, it is frozen, or nothing is left.
+    """
     if edit.space not in spaces:
         near = get_close_matches(edit.space, spaces, 3)
         raise PlanError(f"the network has no space {edit.space!r}; near names: {near}")
@@ -204,8 +213,9 @@ def _space(edit: Remap, spaces: dict[str, Space]) -> Space:
             f"the plan sees {edit.width} channels in {edit.space!r}, the network {space.width}: "
             "it was made for another network"
         )
-    if space.frozen and len(edit.keep) < space.width:
-        raise PlanError(f"{edit.space!r} cannot be narrowed: {space.frozen}")
+    if space.frozen and len(edit.keep) != space.width:
+        how = "narrowed" if len(edit.keep) < space.width else "widened"
+        raise PlanError(f"{edit.space!r} cannot be {how}: {space.frozen}")
     if not edit.keep:
         raise PlanError(f"the plan leaves {edit.space!r} without a channel")
     return space

@@ -153,7 +153,7 @@ def _count_survivors(
     t = deps.analysis.types.get(source) if isinstance(source, fx.Node) else None
     if not isinstance(t, TensorType) or not narrowing.touches(t):
         return
-    name, rest = _statistic(graph, node)
+    name, rest = statistic(graph, node)
     if name is None:
         return
     mask = _Mask(t, narrowing)
@@ -168,7 +168,8 @@ def _count_survivors(
         node.args = (node.args[0], made, *rest)
 
 
-def _statistic(graph: fx.GraphModule, node: fx.Node) -> tuple[str | None, tuple[Any, ...]]:
+def statistic(graph: fx.GraphModule, node: fx.Node) -> tuple[str | None, tuple[Any, ...]]:
+    """The norm or statistic that a node takes (a key of ``SURVIVING``), and its other arguments."""
     if node.op == "call_module":
         kind = type(graph.get_submodule(str(node.target)))
         return next((n for k, (n, _) in LAYER_NORMS.items() if issubclass(kind, k)), None), ()

@@ -1,6 +1,6 @@
 """The only mutator: applies a plan to a copy of a graph.
 
-Parameters are narrowed first; the copy is made around the narrowed ones, so the original is never
+Parameters are resized first; the copy is made around the resized ones, so the original is never
 touched and never duplicated. Then literals in the graph and attributes of layers follow the types.
 """
 
@@ -13,7 +13,6 @@ import operator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import fx, nn
@@ -22,16 +21,16 @@ from fxsvd.axes import Shape, TensorType
 from fxsvd.dependency import Dependencies
 from fxsvd.edits import Plan
 from fxsvd.layers import layer_of
-from fxsvd.narrowing import Narrowing
 from fxsvd.nests import attribute, flatten, shapes_of_types
 from fxsvd.rules import LITERALS
 from fxsvd.substitution import substitute
+from fxsvd.widening import Resizing, resizing
 
 Made = dict[tuple[Any, ...], torch.Tensor]
 
 
 def rewrite(deps: Dependencies, plan: Plan) -> fx.GraphModule:
-    """A copy of the analysed graph, narrowed by one stage of a plan.
+    """A copy of the analysed graph, resized by one stage of a plan.
 
     Args:
         deps: the analysis of a captured graph.
@@ -40,14 +39,14 @@ def rewrite(deps: Dependencies, plan: Plan) -> fx.GraphModule:
     Raises:
         PlanError: the plan does not fit the network.
     """
-    narrowing = Narrowing.of(deps, plan)
+    how = resizing(deps, plan)
     graph = deps.analysis.graph
-    result = copy.deepcopy(graph, _narrowed(deps, narrowing))
+    result = copy.deepcopy(graph, _resized(deps, how))
     twin = dict(zip(result.graph.nodes, graph.graph.nodes, strict=True))
     for node, original in list(twin.items()):
-        _mend(node, original, twin, deps, narrowing)
-    _set_shapes(twin, deps, narrowing)
-    for layer, (bias, stays) in narrowing.biases.items():
+        _mend(node, original, twin, deps, how)
+    _set_shapes(twin, deps, how)
+    for layer, (bias, stays) in how.biases.items():
         add_bias(result.get_submodule(layer), bias[torch.from_numpy(stays)])
     for edit in plan.substitutes:
         substitute(result, edit)
@@ -56,13 +55,13 @@ def rewrite(deps: Dependencies, plan: Plan) -> fx.GraphModule:
     return result
 
 
-def _narrowed(deps: Dependencies, narrowing: Narrowing) -> dict[int, Any]:
-    """A deepcopy memo that puts the narrowed parameters in place of the originals."""
+def _resized(deps: Dependencies, how: Resizing) -> dict[int, Any]:
+    """A deepcopy memo that puts the resized parameters in place of the originals."""
     memo: dict[int, Any] = {}
     for known in deps.analysis.parameters.values():
-        if narrowing.changes(known):
+        if how.changes(known):
             with torch.no_grad():
-                value = narrowing.narrow(narrowing.assigned(known, known.value), known.type)
+                value = how.after(known, known.value)
             if isinstance(known.value, nn.Parameter):
                 value = nn.Parameter(value, requires_grad=known.value.requires_grad)
             memo[id(known.value)] = value
@@ -81,19 +80,19 @@ def _mend(
     original: fx.Node,
     twin: dict[fx.Node, fx.Node],
     deps: Dependencies,
-    narrowing: Narrowing,
+    how: Resizing,
 ) -> None:
     types = deps.analysis.types
     if node.op == "call_module":
-        _resize_layer(node, original, types, narrowing)
+        _resize_layer(node, original, types, how)
     elif node.op in ("call_function", "call_method") and node.target in LITERALS:
-        edit = _Edit(node, original, twin, types, narrowing)
-        if any(narrowing.touches(t) for t in edit.around()):
+        edit = _Edit(node, original, twin, types, how)
+        if any(how.touches(t) for t in edit.around()):
             LITERALS[node.target](edit)
 
 
 def _resize_layer(
-    node: fx.Node, original: fx.Node, types: dict[fx.Node, Any], narrowing: Narrowing
+    node: fx.Node, original: fx.Node, types: dict[fx.Node, Any], how: Resizing
 ) -> None:
     module = node.graph.owning_module.get_submodule(str(node.target))  # type: ignore[union-attr]
     layer = layer_of(module)
@@ -102,7 +101,7 @@ def _resize_layer(
     before = types[original.all_input_nodes[0]]
     after = _first(types[original])
     if isinstance(before, TensorType) and after is not None:
-        layer.resize(module, narrowing.shape(before), narrowing.shape(after))
+        layer.resize(module, how.shape(before), how.shape(after))
 
 
 def _first(t: Any) -> TensorType | None:
@@ -119,7 +118,7 @@ class _Edit:
     original: fx.Node
     twin: dict[fx.Node, fx.Node]
     types: dict[fx.Node, Any]
-    narrowing: Narrowing
+    how: Resizing
 
     @property
     def out(self) -> Any:
@@ -133,10 +132,10 @@ class _Edit:
         return self.types[self.twin[arg]] if isinstance(arg, fx.Node) else arg
 
     def shape(self, t: TensorType) -> Shape:
-        return self.narrowing.shape(t)
+        return self.how.shape(t)
 
-    def alive(self, t: TensorType, dim: int) -> npt.NDArray[np.bool_]:
-        return self.narrowing.along(t, dim)
+    def alive(self, t: TensorType, dim: int) -> npt.NDArray[Any]:
+        return self.how.along(t, dim)
 
     def size(self, entry: Any, before: int, after: int) -> Any:
         if before == after:
@@ -164,31 +163,29 @@ class _Edit:
         setattr(owner, name, value)
 
 
-def _set_shapes(twin: dict[fx.Node, fx.Node], deps: Dependencies, narrowing: Narrowing) -> None:
-    """Meta values of the narrowed shapes, the symbolic batch kept."""
+def _set_shapes(twin: dict[fx.Node, fx.Node], deps: Dependencies, how: Resizing) -> None:
+    """Meta values of the resized shapes, the symbolic batch kept."""
     types = deps.analysis.types
     made: Made = {}
     for node, original in twin.items():
         t, value = types[original], original.meta.get("val")
         node.meta = dict(original.meta)
         if value is not None and shapes_of_types(t) is not None:
-            node.meta["val"] = _narrowed_value(value, t, narrowing, made)
+            node.meta["val"] = _resized_value(value, t, how, made)
 
 
-def _narrowed_value(value: Any, t: Any, narrowing: Narrowing, made: Made) -> Any:
+def _resized_value(value: Any, t: Any, how: Resizing, made: Made) -> Any:
     if isinstance(value, torch.Tensor) and isinstance(t, TensorType):
-        return _narrowed_tensor(value, t, narrowing, made) if narrowing.touches(t) else value
+        return _resized_tensor(value, t, how, made) if how.touches(t) else value
     if isinstance(value, (tuple, list)) and isinstance(t, tuple):
         pairs = zip(value, t, strict=True)
-        return type(value)(_narrowed_value(v, s, narrowing, made) for v, s in pairs)
+        return type(value)(_resized_value(v, s, how, made) for v, s in pairs)
     return value
 
 
-def _narrowed_tensor(
-    value: torch.Tensor, t: TensorType, narrowing: Narrowing, made: Made
-) -> torch.Tensor:
+def _resized_tensor(value: torch.Tensor, t: TensorType, how: Resizing, made: Made) -> torch.Tensor:
     """A tensor without data, one for all nodes of a shape: symbolic sizes are slow to make."""
-    after = narrowing.shape(t)
+    after = how.shape(t)
     sizes: tuple[Any, ...] = tuple(value.shape)
     before = tuple(old if isinstance(old, int) else old.node.expr for old in sizes)
     key = (before, after, value.dtype, value.device)

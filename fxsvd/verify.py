@@ -26,6 +26,7 @@ from fxsvd.narrowing import Narrowing
 from fxsvd.rewrite import add_bias, rewrite
 from fxsvd.running import computes_numbers, deterministic, difference, double_inputs, doubled, run
 from fxsvd.substitution import in_full, merged
+from fxsvd.widening import Resizing, Widening, resizing
 
 TOLERANCE = 1e-8
 _NO_NUMBERS = (
@@ -96,15 +97,16 @@ def verify_rewrite(
     Raises:
         VerificationError: the networks differ; the message names the first layer where they do.
     """
-    narrowing = Narrowing.of(deps, plan)
-    _check_values(deps, narrowing, small)
+    how = resizing(deps, plan)
+    _check_values(deps, how, small)
     values = _values(deps, perturbed=not plan.exact)
-    silent = reference.silenced(deps, _promised(deps, plan, narrowing, small), values)
-    candidate = _with_values(deps, narrowing, small, values)
+    silent = reference.silenced(deps, _promised(deps, plan, how, small), values)
+    candidate = _with_values(deps, how, small, values)
     if plan.exact:  # what it computes is promised, not how its numbers are rounded
         in_full(candidate, plan.substitutes)
     inputs, worst = double_inputs(example_inputs), 0.0
-    for training in (False,) if plan.exact else _modes(deps.analysis.graph):
+    modes = (False,) if plan.exact and not plan.widens else _modes(deps.analysis.graph)
+    for training in modes:
         with deterministic(silent, training), deterministic(candidate, training):
             expected = run(silent, inputs)
             if not computes_numbers(expected):
@@ -112,33 +114,30 @@ def verify_rewrite(
             error = difference(run(candidate, inputs), expected)
             worst = max(worst, error)
             if not error <= TOLERANCE:
-                where = first_difference(deps, narrowing, silent, candidate, inputs, TOLERANCE)
+                where = first_difference(deps, how, silent, candidate, inputs, TOLERANCE)
                 raise VerificationError(_message(error, training, where))
     return worst
 
 
-def _promised(
-    deps: Dependencies, plan: Plan, narrowing: Narrowing, small: fx.GraphModule
-) -> Narrowing:
+def _promised(deps: Dependencies, plan: Plan, how: Resizing, small: fx.GraphModule) -> Narrowing:
     """What the original has to become: itself, or silenced, with substitutes merged back."""
-    if plan.exact:
-        return Narrowing(np.ones_like(narrowing.atoms))
+    if plan.exact or isinstance(how, Widening):
+        return Narrowing(np.ones(len(deps.channels.of), dtype=bool))
     values = {}
     for edit in plan.substitutes:
         weight, bias = merged(small.get_submodule(edit.layer).children())
         values[f"{edit.layer}.weight"] = weight
         if bias is not None or deps.analysis.graph.get_submodule(edit.layer).bias is not None:
             values[f"{edit.layer}.bias"] = weight.new_zeros(len(weight)) if bias is None else bias
-    return narrowing.assigning(deps, values)
+    return how.assigning(deps, values)
 
 
-def _check_values(deps: Dependencies, narrowing: Narrowing, small: fx.GraphModule) -> None:
+def _check_values(deps: Dependencies, how: Resizing, small: fx.GraphModule) -> None:
     """Every surviving number is bit-identical and under its own name."""
     tensors = dict(small.named_parameters(remove_duplicate=False))
     for known in deps.analysis.parameters.values():
         for name in known.names:
-            expected = narrowing.assigned(known, known.value.detach())
-            expected = narrowing.narrow(expected, known.type)
+            expected = how.after(known, known.value.detach())
             if name in tensors and not _identical(tensors[name].detach(), expected):
                 raise VerificationError(f"{name} does not hold the numbers that survive the plan")
 
@@ -163,7 +162,7 @@ def _values(deps: Dependencies, perturbed: bool) -> reference.Values:
 
 
 def _with_values(
-    deps: Dependencies, narrowing: Narrowing, small: fx.GraphModule, values: reference.Values
+    deps: Dependencies, how: Resizing, small: fx.GraphModule, values: reference.Values
 ) -> fx.GraphModule:
     """A float64 copy of the narrowed graph that holds the survivors of ``values``."""
     tensors: dict[str, Tensor] = dict(small.named_parameters(remove_duplicate=False))
@@ -171,10 +170,10 @@ def _with_values(
     memo: dict[int, Any] = {}
     for key, known in deps.analysis.parameters.items():
         if known.value.is_floating_point() and known.names[0] in tensors:
-            value = narrowing.narrow(narrowing.assigned(known, values[key]), known.type)
+            value = how.after(known, values[key])
             memo[id(tensors[known.names[0]])] = reference.like(known.value, value)
     twin: fx.GraphModule = doubled(copy.deepcopy(small, memo))
-    for layer, (bias, stays) in narrowing.biases.items():
+    for layer, (bias, stays) in how.biases.items():
         add_bias(twin.get_submodule(layer), bias[torch.from_numpy(stays)])
     return twin
 

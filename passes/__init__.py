@@ -17,5 +17,16 @@ from fxsvd.passes.select import Select
 from fxsvd.passes.shrink import Shrink
 from fxsvd.passes.slice import Slice
 from fxsvd.passes.unfactorize import Unfactorize
+from fxsvd.passes.widen import Widen
 
-__all__ = ["Factorize", "Fold", "Prune", "Rotate", "Select", "Shrink", "Slice", "Unfactorize"]
+__all__ = [
+    "Factorize",
+    "Fold",
+    "Prune",
+    "Rotate",
+    "Select",
+    "Shrink",
+    "Slice",
+    "Unfactorize",
+    "Widen",
+]

@@ -30,6 +30,7 @@ READS = {  # the space that a layer reads (none: the input), and how many entrie
 }
 CLASSES = 10
 CALIBRATING, JUDGING = 2000, 4000  # images
+TRADING = 10000  # images to calibrate with where two knobs are traded: a finer difference
 HARD = 1 / 4  # the share of the calibrating images that are those of the highest entropy
 COARSE, FINE = 0.1, 0.05  # trades, relative to a knob
 MOVES = ((1, 0), (-1, 0), (0, 1), (0, -1))
@@ -71,7 +72,8 @@ def passes(
     generator = torch.Generator().manual_seed(0)
     noise = [torch.randn(len(x), CLASSES, generator=generator) for x in weighted]
     data = list(zip(weighted, noise, strict=True))
-    return [*found, Factorize(rank=ranks, method="gradient", loss=_along, data=data)]
+    sensitive: dict[str, Any] = {"method": "gradient", "loss": _along, "data": data}
+    return [*found, Factorize(rank=ranks, split="balanced", **sensitive)]  # to be retrained
 
 
 def _along(outputs: Tensor, noise: Tensor) -> Tensor:
@@ -105,9 +107,11 @@ def calibrating(model: nn.Module, images: Tensor, count: int) -> list[Tensor]:
 class Search:
     """Judges knobs, and turns them one at a time."""
 
-    def __init__(self, model: nn.Module, images: Tensor, options: argparse.Namespace) -> None:
+    def __init__(
+        self, model: nn.Module, images: Tensor, options: argparse.Namespace, count: int
+    ) -> None:
         self.graph = fxsvd.capture(model, images[:2])
-        self.data = calibrating(model, images, CALIBRATING)
+        self.data = calibrating(model, images, count)
         self.judged = moved(images[-JUDGING:]).split(500)
         self.options = options
         self.wanted = self.outputs(self.graph)
@@ -182,7 +186,7 @@ def path_down(
         points = [(size, lost, knobs) for size, lost, knobs in json.loads(file.read_text())]
     if points[-1][0] <= smallest:
         return points
-    search = Search(model, images, options)
+    search = Search(model, images, options, CALIBRATING)
     for point in search.steps(points[-1]):
         points.append(point)
         text = json.dumps(points)

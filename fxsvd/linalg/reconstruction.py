@@ -159,7 +159,9 @@ def standardize(r: Tensor) -> tuple[Tensor, Tensor]:
     """
     diagonal = r.diagonal()
     scale = torch.where(diagonal > 0, diagonal, torch.inf).rsqrt()
-    matrix = (r + r.T) * 0.5 * scale[:, None] * scale
+    matrix = r + r.T
+    matrix *= 0.5 * scale[:, None]  # in place: r may be large
+    matrix *= scale
     matrix.diagonal().fill_(1)
     return matrix, scale
 

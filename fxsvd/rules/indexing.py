@@ -13,7 +13,7 @@ from torch import fx
 
 from fxsvd.axes import TensorType, dimension, insert, pick, take
 from fxsvd.rules.elementwise import tensors
-from fxsvd.rules.registry import Call, Edit, literals, rule, spellings
+from fxsvd.rules.registry import Call, Edit, literals, renumbered, rule, spellings, stays
 
 
 def entries(index: Any, rank: int) -> Iterator[tuple[int, Any]]:
@@ -175,7 +175,7 @@ def _mend_part(edit: Edit, source: TensorType, dim: int, part: Any) -> Any:
     if part is None or dim < 0:
         return part
     alive = edit.alive(source, dim)
-    if alive.all():
+    if stays(alive):
         return part
     if isinstance(part, slice):
         return part if part.step not in (None, 1) else mend_slice(alive, part)
@@ -199,9 +199,7 @@ def mend_buffer(edit: Edit, node: fx.Node, alive: Any) -> None:
     """A constant index: entries that are kept, renumbered."""
     value = buffer_of(node)
     assert value is not None  # its rule read it
-    renumber = np.cumsum(alive) - 1
-    index = value.detach().cpu().numpy()
-    kept = renumber[index[alive[index]]]
+    kept = renumbered(alive, value.detach().cpu().numpy())
     edit.buffer(node, torch.as_tensor(kept, dtype=value.dtype, device=value.device))
 
 
@@ -221,7 +219,7 @@ def select_literals(edit: Edit) -> None:
     first, dim, index = edit.node.args
     source = edit.type_of(first)
     alive = edit.alive(source, dimension(dim, len(source.shape)))
-    if isinstance(index, int) and not alive.all():
+    if isinstance(index, int) and not stays(alive):
         edit.node.args = (first, dim, int(alive[: dimension(index, len(alive))].sum()))
 
 
@@ -237,7 +235,7 @@ def narrow_literals(edit: Edit) -> None:
     first, dim, start, length = edit.node.args
     source = edit.type_of(first)
     alive = edit.alive(source, dimension(dim, len(source.shape)))
-    if not alive.all():
+    if not stays(alive):
         new = int(alive[:start].sum()), int(alive[start : start + length].sum())
         edit.node.args = (first, dim, *new)
 
@@ -262,5 +260,5 @@ def index_select_literals(edit: Edit) -> None:
     first, dim, index = edit.node.args
     source = edit.type_of(first)
     alive = edit.alive(source, dimension(dim, len(source.shape)))
-    if not alive.all() and isinstance(index, fx.Node):
+    if not stays(alive) and isinstance(index, fx.Node):
         mend_buffer(edit, index, alive)

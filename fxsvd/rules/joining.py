@@ -21,7 +21,7 @@ from fxsvd.axes import (
     marginal,
     take,
 )
-from fxsvd.rules.registry import Call, Edit, literals, rule, spellings
+from fxsvd.rules.registry import Call, Edit, literals, rule, spellings, stays
 
 
 @rule(*spellings("cat", "concat", "concatenate"))
@@ -136,7 +136,7 @@ def pad_literals(edit: Edit) -> None:
     for k in range(len(written) // 2):
         alive = edit.alive(edit.out, rank - 1 - k)
         before, after = written[2 * k], written[2 * k + 1]
-        if not alive.all():
+        if not stays(alive):
             written[2 * k] = int(alive[:before].sum())
             written[2 * k + 1] = int(alive[len(alive) - after :].sum())
     if len(args) > 1:

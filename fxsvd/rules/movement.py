@@ -17,7 +17,7 @@ from fxsvd.axes import (
     take,
 )
 from fxsvd.relations import Atoms
-from fxsvd.rules.registry import Call, Edit, literals, rule, spellings
+from fxsvd.rules.registry import Call, Edit, literals, renumbered, rule, spellings, stays
 
 VIEWS = spellings("view", "reshape", "unflatten", "view_as", "reshape_as")
 
@@ -225,7 +225,7 @@ def roll_literals(edit: Edit) -> None:
     for shift, dim in _pairs(names["shifts"], names["dims"]):
         alive = edit.alive(source, dimension(dim, len(source.shape)))
         n = shift % len(alive)
-        new.append(shift if alive.all() else int(alive[len(alive) - n :].sum()))
+        new.append(shift if stays(alive) else int(alive[len(alive) - n :].sum()))
     single = isinstance(names["shifts"], int)
     edit.node.args = (names["input"], new[0] if single else tuple(new), names["dims"])
     edit.node.kwargs = {}
@@ -253,10 +253,9 @@ def channel_shuffle_literals(edit: Edit) -> None:
     first, groups = edit.node.args
     alive = edit.alive(edit.type_of(first), 1)
     rows = alive.reshape(groups, -1)
-    if (rows == rows[0]).all():
+    if (rows == rows[0]).all() and (rows <= 1).all():
         return
-    order = shuffled(len(alive), groups)
-    kept = (np.cumsum(alive) - 1)[order[alive[order]]]
+    kept = renumbered(alive, shuffled(len(alive), groups))
     edit.node.op, edit.node.target = "call_method", "index_select"
     edit.node.args = (first, 1, edit.constant("order", torch.from_numpy(kept)))
 

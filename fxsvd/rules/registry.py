@@ -20,7 +20,7 @@ Rule = Callable[..., Any]
 
 
 class Edit(Protocol):
-    """What a literal's rule is given: a node to mend, and what is known of the narrowed tensors."""
+    """What a literal's rule is given: a node to mend, and what is known of the resized tensors."""
 
     @property
     def node(self) -> Any:
@@ -36,8 +36,8 @@ class Edit(Protocol):
     def shape(self, t: TensorType) -> Shape:
         """A tensor's shape afterwards (batch at its hint)."""
 
-    def alive(self, t: TensorType, dim: int) -> npt.NDArray[np.bool_]:
-        """Which indices along a dimension stay (of the first row, where rows differ)."""
+    def alive(self, t: TensorType, dim: int) -> npt.NDArray[Any]:
+        """How often each index along a dimension is there (of the first row, where rows differ)."""
 
     def size(self, entry: Any, before: int, after: int) -> Any:
         """A size written in the graph (a number or a node) mended from ``before`` to ``after``."""
@@ -50,6 +50,25 @@ class Edit(Protocol):
 
 
 Literal = Callable[[Edit], None]
+
+
+def stays(alive: npt.NDArray[Any]) -> bool:
+    """Whether every index is there once, as before."""
+    return bool((alive == 1).all())
+
+
+def renumbered(alive: npt.NDArray[Any], index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """An index into a dimension, once its indices are there ``alive`` times.
+
+    >>> renumbered(np.array([1, 0, 2]), np.array([2, 1, 0]))
+    array([1, 2, 0])
+    """
+    counts = alive.astype(np.int64)
+    starts, times = (counts.cumsum() - counts)[index], counts[index]
+    within = np.arange(times.sum()) - np.repeat(times.cumsum() - times, times)
+    out: npt.NDArray[np.int64] = np.repeat(starts, times) + within
+    return out
+
 
 RULES: dict[Key, Rule] = {}
 LITERALS: dict[Key, Literal] = {}

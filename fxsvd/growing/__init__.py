@@ -1,0 +1,1 @@
+"""How spaces grow without changing what the network computes."""

@@ -1,0 +1,132 @@
+"""The numbers that parameters get when spaces grow, such that the network computes what it did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxsvd.analysis import Parameter
+from fxsvd.axes import Block
+from fxsvd.dependency import Dependencies
+from fxsvd.edits import Assign
+from fxsvd.growing.rows import orthogonal_rows, shares
+from fxsvd.narrowing import Mask
+from fxsvd.relations import Atoms
+from fxsvd.widening import Layout, Widening
+
+Init = Literal["orthogonal", "split"]
+
+
+@dataclass(frozen=True, eq=False)
+class Growth:
+    """How parameters grow.
+
+    What reads new channels (consumers) gives them nothing, or a share of what the original had.
+    Where two activations are multiplied over the channels (queries and keys), no column can do
+    that: there, all writers but the first write zeros.
+
+    Attributes:
+        deps: the analysis.
+        widening: how often each channel is there.
+        paired: channels that activations are multiplied over.
+        init: what copies start with.
+        generator: of what is drawn.
+    """
+
+    deps: Dependencies
+    widening: Widening
+    paired: Mask
+    init: Init
+    generator: torch.Generator
+
+    def assigns(self) -> Iterator[Assign]:
+        """The parameters for which copies alone would not do, in their new shapes."""
+        for known in self.deps.analysis.parameters.values():
+            if self.widening.touches(known.type):
+                with torch.no_grad():
+                    copied = self.widening.spread(known.value.detach(), known.type)
+                    value = self._grown(known, copied)
+                if value is not copied:
+                    yield Assign(known.names[0], value, f"grows ({self.init})")
+
+    def _grown(self, known: Parameter, value: Tensor) -> Tensor:
+        axes = [(self._role(known, block), block) for block in known.type.blocks]
+        for role, block in sorted(axes, key=lambda axis: axis[0] != "consumer"):
+            layout = self.widening.layout(known.type, block)
+            if role != "follower" and layout.rank.any():
+                grow = self._read if role == "consumer" else self._written
+                value = grow(known, layout, value)
+        return value
+
+    def _role(self, known: Parameter, block: Block) -> str:
+        """As the site says; the bias of a producer is one, too."""
+        site = self.deps.analysis.site_of(block.atoms)
+        own = _weight_of(known.names[0]) in self._repeated
+        return (
+            "producer" if own and len(known.type.shape) == 1 else getattr(site, "role", "follower")
+        )
+
+    def _read(self, known: Parameter, layout: Layout, value: Tensor) -> Tensor:
+        """Columns: the new ones get nothing, or a share."""
+        rank = self.widening.marked(known.type, layout, layout.rank).to(value.device)
+        if self.init == "orthogonal":
+            return value.masked_fill(rank > 0, 0)
+        times = self.widening.marked(known.type, layout, self.widening.counts[layout.channels])
+        return shares(value, rank, times.to(value.device), self.generator)
+
+    def _written(self, known: Parameter, layout: Layout, value: Tensor) -> Tensor:
+        """Rows: copies, or something new; zeros where a factor has to be."""
+        new, bias = layout.rank > 0, value.dim() == 1
+        silent = new & self._again(known.names[0], layout)
+        if self.init == "orthogonal" and bias:
+            silent = new
+        elif self.init == "orthogonal" and len(layout.dims) == 1:
+            value = self._fresh(value, layout.dims[0], new & ~silent)
+        shown = self.widening.marked(known.type, layout, silent).to(value.device)
+        return value.masked_fill(shown, 0) if silent.any() else value
+
+    def _again(self, name: str, layout: Layout) -> Mask:
+        again = self._repeated.get(name, self._repeated.get(_weight_of(name)))
+        return np.zeros(layout.rank.shape, dtype=bool) if again is None else again[layout.source]
+
+    def _fresh(self, value: Tensor, dim: int, new: Mask) -> Tensor:
+        """Rows along a dimension that are orthogonal to those that were there."""
+        index = torch.from_numpy(np.flatnonzero(new)).to(value.device)
+        if not len(index):
+            return value
+        turned = value.movedim(dim, 0)
+        old = torch.from_numpy(np.flatnonzero(~new)).to(value.device)
+        rows = orthogonal_rows(turned[old].flatten(1), len(index), self.generator)
+        fresh: Tensor = turned.index_copy(0, index, rows.reshape(-1, *turned.shape[1:]))
+        return fresh.movedim(0, dim)
+
+    @cached_property
+    def _repeated(self) -> dict[str, Mask]:
+        """By producing parameter: the rows of paired channels that are not the first to write."""
+        seen: set[int] = set()
+        return {
+            site.tensor: _repeats(self.deps.channels.of[site.atoms].ravel(), self.paired, seen)
+            for site in self.deps.analysis.sites
+            if site.role == "producer"
+        }
+
+
+def _weight_of(name: str) -> str:
+    """The weight beside a parameter of a layer: ``fc.bias`` → ``fc.weight``."""
+    head, _, tail = name.rpartition(".")
+    return f"{head}.{tail.replace('bias', 'weight', 1)}" if head else tail.replace("bias", "weight")
+
+
+def _repeats(channels: Atoms, paired: Mask, seen: set[int]) -> Mask:
+    """Which entries write a paired channel that one before them writes."""
+    out = np.zeros(len(channels), dtype=bool)
+    for i in np.flatnonzero(paired[channels]).tolist():
+        out[i] = int(channels[i]) in seen
+        seen.add(int(channels[i]))
+    return out

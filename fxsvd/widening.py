@@ -1,0 +1,185 @@
+"""What copies of channels make of shapes and tensors: the counterpart of ``fxsvd.narrowing``.
+
+A copy lies beside its original. In a dimension where a channel has several neighbouring indices
+(all pixels of it, behind a flatten), the copy of them all lies behind them all. By the invariant of
+``fxsvd.axes`` (what narrows keeps its order, or was tied), every op between two tensors then sees
+them laid out alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fxsvd.analysis import Parameter
+from fxsvd.axes import Block, Shape, TensorType
+from fxsvd.dependency import Dependencies
+from fxsvd.edits import Plan
+from fxsvd.errors import PlanError
+from fxsvd.narrowing import Mask, Narrowing, meant
+from fxsvd.relations import Atoms
+
+Counts = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The dimension of a block that grows, in every row of the dimensions before it.
+
+    Attributes:
+        dims: of the tensor: those of the rows, and last the one that grows. (Dimensions behind it,
+            along which nothing but one channel is found, are left out.)
+        source: the index that each new one is a copy of, ``[*rows, new]``.
+        rank: 0 for an original, 1 for its first copy, and so on, ``[*rows, new]``.
+        channels: the channel of each, ``[*rows, new]``.
+    """
+
+    dims: tuple[int, ...]
+    source: Atoms
+    rank: Atoms
+    channels: Atoms
+
+
+@dataclass(frozen=True, eq=False)
+class Widening:
+    """How often each channel is there, and the parameters that get new numbers.
+
+    Attributes:
+        of: the channel of each atom.
+        counts: how often each channel is there afterwards, at least once.
+        values: new numbers by the parameter's first name, in its shape before or afterwards.
+        biases: none; as in ``Narrowing``.
+    """
+
+    of: Atoms
+    counts: Counts
+    values: dict[str, torch.Tensor] = field(default_factory=dict)
+    biases: dict[str, tuple[torch.Tensor, Mask]] = field(default_factory=dict)
+
+    @classmethod
+    def by(cls, deps: Dependencies, plan: Plan) -> Widening:
+        """What a plan makes wider.
+
+        Raises:
+            PlanError: the plan does not fit the network, or narrows some space as well.
+        """
+        counts = np.ones(deps.channels.count, dtype=np.int64)
+        spaces = {space.name: space for space in deps.spaces}
+        for edit in plan.edits:
+            space = meant(edit, spaces)
+            counts[space.channels] = np.bincount(edit.keep, minlength=space.width)
+            if not counts[space.channels].all():
+                raise PlanError(f"a plan narrows or widens: make two stages of it for {edit.space}")
+        out = cls(deps.channels.of, counts, {v.parameter: v.value for v in plan.values})
+        known = {p.names[0]: p for p in deps.analysis.parameters.values()}
+        for name, value in out.values.items():
+            there = known.get(name)
+            fits = there is not None and tuple(value.shape) in (
+                tuple(there.value.shape),
+                out.shape(there.type),
+            )
+            if not fits:
+                raise PlanError(f"the plan's {name!r} of {list(value.shape)} has no place in it")
+        return out
+
+    def layout(self, t: TensorType, block: Block) -> Layout:
+        """Where the copies of a block's channels come.
+
+        Raises:
+            PlanError: the rows of a tensor would get unequally many.
+        """
+        channels, dims = self.of[block.atoms], block.dims
+        while len(dims) > 1 and (channels == channels[..., :1]).all():
+            channels, dims = channels[..., 0], dims[:-1]
+        for axis, dim in enumerate(dims[:-1]):  # rows that are channels themselves
+            for other in t.touches((dim,)):
+                if other.dims == (dim,):
+                    channels = channels.take(self.layout(t, other).source, axis=axis)
+        rows = [self._row(row) for row in channels.reshape(-1, channels.shape[-1])]
+        if len({len(row) for row, _ in rows}) > 1:
+            raise PlanError("the plan leaves rows of one tensor with unequal numbers of channels")
+        shape = (*channels.shape[:-1], -1)
+        source, rank = (np.stack(part).reshape(shape) for part in zip(*rows, strict=True))
+        return Layout(dims, source, rank, np.take_along_axis(channels, source, axis=-1))
+
+    def _row(self, channels: Atoms) -> tuple[Atoms, Atoms]:
+        """The new order of a row, and which copy each is."""
+        edges = np.flatnonzero(channels[1:] != channels[:-1]) + 1
+        runs = np.split(np.arange(len(channels)), edges)
+        times = self.counts[channels[[run[0] for run in runs]]]
+        source = [np.tile(run, n) for run, n in zip(runs, times, strict=True)]
+        rank = [np.repeat(np.arange(n), len(run)) for run, n in zip(runs, times, strict=True)]
+        return np.concatenate(source), np.concatenate(rank)
+
+    def along(self, t: TensorType, dim: int) -> Counts:
+        """How often each index of a dimension is there (in the first row, where rows differ)."""
+        counts = np.ones(t.shape[dim], dtype=np.int64)
+        for block in t.touches((dim,)):
+            layout = self.layout(t, block) if self._copies(block) else None
+            if layout is not None and layout.dims[-1] == dim:
+                row = layout.source.reshape(-1, layout.source.shape[-1])[0]
+                counts = np.bincount(row, minlength=len(counts))
+        return counts
+
+    def shape(self, t: TensorType) -> Shape:
+        """The tensor's shape afterwards."""
+        return tuple(int(self.along(t, d).sum()) for d in range(len(t.shape)))
+
+    def touches(self, t: TensorType) -> bool:
+        """Whether anything of the tensor gets a copy."""
+        return any(self._copies(block) for block in t.blocks)
+
+    def changes(self, known: Parameter) -> bool:
+        """Whether a parameter gets copies or other numbers."""
+        return known.names[0] in self.values or self.touches(known.type)
+
+    def after(self, known: Parameter, value: torch.Tensor) -> torch.Tensor:
+        """A parameter afterwards: its new numbers if it has any, else with its copies."""
+        new = self.values.get(known.names[0])
+        if new is None:
+            return self.spread(value, known.type)
+        new = new.to(value.device, value.dtype, copy=True)
+        return new if tuple(new.shape) == self.shape(known.type) else self.spread(new, known.type)
+
+    def spread(self, value: torch.Tensor, t: TensorType) -> torch.Tensor:
+        """The tensor with a copy beside every index that gets one."""
+        for block in sorted(t.blocks, key=lambda b: len(b.dims)):
+            if self._copies(block):
+                value = _picked(value, self.layout(t, block))
+        return value
+
+    def marked(self, t: TensorType, layout: Layout, marks: npt.NDArray[Any]) -> torch.Tensor:
+        """What is said of a layout (``[*rows, new]``), to broadcast against the wide tensor."""
+        order = np.argsort(layout.dims)
+        shape = [n if d in layout.dims else 1 for d, n in enumerate(self.shape(t))]
+        return torch.from_numpy(np.ascontiguousarray(marks.transpose(order))).reshape(shape)
+
+    def _copies(self, block: Block) -> bool:
+        return bool((self.counts[self.of[block.atoms]] > 1).any())
+
+
+Resizing = Narrowing | Widening
+
+
+def resizing(deps: Dependencies, plan: Plan) -> Resizing:
+    """What one stage of a plan does to shapes and tensors.
+
+    Raises:
+        PlanError: the plan does not fit the network.
+    """
+    return Widening.by(deps, plan) if plan.widens else Narrowing.of(deps, plan)
+
+
+def _picked(value: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Along the dimension that grows, every row picks indices of its own."""
+    index, dims = torch.from_numpy(layout.source).to(value.device), layout.dims
+    if index.dim() == 1:
+        return value.index_select(dims[0], index)
+    last = list(range(-len(dims), 0))
+    turned = value.movedim(dims, last)
+    index = index.expand(*turned.shape[: -len(dims)], *index.shape)
+    return turned.gather(-1, index).movedim(last, dims)
