@@ -8,6 +8,7 @@ from fxsvd.data.statistics import Statistics
 from fxsvd.dependency import Dependencies, Space, analyze
 from fxsvd.edits import Assign, Estimate, Left, Part, Plan, Remap, Skip, Substitute
 from fxsvd.errors import CaptureError, FxsvdError, PlanError, VerificationError
+from fxsvd.evolve import Event, Evolver, Schedule
 from fxsvd.export import export_onnx
 from fxsvd.layers import register_layer
 from fxsvd.measure import Site
@@ -20,6 +21,8 @@ __all__ = [
     "CaptureError",
     "Dependencies",
     "Estimate",
+    "Event",
+    "Evolver",
     "FxsvdError",
     "Left",
     "Part",
@@ -27,6 +30,7 @@ __all__ = [
     "PlanError",
     "Remap",
     "Report",
+    "Schedule",
     "Site",
     "Skip",
     "Space",

@@ -17,7 +17,7 @@ from fxsvd.dependency import Dependencies, analyze
 from fxsvd.edits import Plan, chain, describe_inputs, make_inputs
 from fxsvd.errors import PlanError
 from fxsvd.measure import Site, measured, output_error
-from fxsvd.naming import Name
+from fxsvd.naming import Names, listed
 from fxsvd.progress import Say, quiet, sayer
 from fxsvd.report import Report, SpaceRow, layer_rows
 from fxsvd.rewrite import rewrite
@@ -42,7 +42,7 @@ def compile(
     *,
     passes: Sequence[Pass],
     data: Data = None,
-    ignore: Sequence[Name] = (),
+    ignore: Names = (),
     round_to: int = 1,
     verify: bool = True,
     progress: bool | Say = True,
@@ -111,7 +111,7 @@ def plan(
     *,
     passes: Sequence[Pass],
     data: Data = None,
-    ignore: Sequence[Name] = (),
+    ignore: Names = (),
     round_to: int = 1,
 ) -> Plan:
     """A dry run: what ``compile`` would do, as data.
@@ -184,15 +184,15 @@ def _captured(model: nn.Module) -> bool:
     )
 
 
-def _with_defaults(passes: Sequence[Pass], ignore: Sequence[Name], round_to: int) -> Sequence[Pass]:
+def _with_defaults(passes: Sequence[Pass], ignore: Names, round_to: int) -> Sequence[Pass]:
     """Options given for all passes reach those that have them."""
     if not passes:
         raise PlanError("passes is empty: say what to do, such as passes=[Prune(ratio=0.5)]")
     out = []
     for options in passes:
         changes: dict[str, Any] = {}
-        if ignore and hasattr(options, "ignore"):
-            changes["ignore"] = (*options.ignore, *ignore)
+        if listed(ignore) and hasattr(options, "ignore"):
+            changes["ignore"] = (*listed(options.ignore), *listed(ignore))
         if round_to != 1 and hasattr(options, "round_to"):
             changes["round_to"] = round_to
         out.append(replace(options, **changes) if changes else options)  # type: ignore[type-var]

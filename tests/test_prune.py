@@ -126,6 +126,8 @@ def test_only_and_ignore_mean_a_space_by_any_of_its_producers():
     net = Residual()
     assert widths(propose(net, only=("d",))) == {"stem": 8}
     assert widths(propose(net, only=(net.b,))) == {"stem": 8}
+    both = fxsvd.compile(net, X, passes=[Prune(0.5, ignore="a")], ignore="b", progress=False)
+    assert {r.name: r.after for r in both.report.spaces if r.after < r.before} == {"c": 6}
     assert widths(propose(net, only="d")) == widths(propose(net, only=net.b)) == {"stem": 8}
     assert widths(propose(net, ignore=("b", "c*"))) == {"a": 10}
     skipped = {s.space: s.why for s in propose(net, ignore=(net.d,)).skips}

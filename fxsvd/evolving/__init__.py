@@ -1,0 +1,1 @@
+"""Resizing a network while it trains."""
