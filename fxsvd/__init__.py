@@ -8,7 +8,8 @@ from fxsvd.data.statistics import Statistics
 from fxsvd.dependency import Dependencies, Space, analyze
 from fxsvd.edits import Assign, Estimate, Left, Part, Plan, Remap, Skip, Substitute
 from fxsvd.errors import CaptureError, FxsvdError, PlanError, VerificationError
-from fxsvd.evolve import Event, Evolver, Schedule
+from fxsvd.evolve import Event, Evolver
+from fxsvd.evolving.policies import Schedule, Spectral
 from fxsvd.export import export_onnx
 from fxsvd.layers import register_layer
 from fxsvd.measure import Site
@@ -34,6 +35,7 @@ __all__ = [
     "Site",
     "Skip",
     "Space",
+    "Spectral",
     "Statistics",
     "Substitute",
     "VerificationError",

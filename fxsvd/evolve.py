@@ -22,7 +22,7 @@ from fxsvd.evolving.replacing import become
 from fxsvd.rewrite import rewrite
 from fxsvd.verify import verify_rewrite
 
-Policy = Callable[["Evolver", int], Sequence[Pass]]
+Policy = Callable[[fx.GraphModule, int], Sequence[Pass]]
 Loss = Callable[[nn.Module], Any]
 
 
@@ -64,8 +64,8 @@ class Evolver:
         model: the network; its parameters are used, not copied.
         example_inputs: as for ``fxsvd.compile``.
         optimizer: of its parameters.
-        policy: says which passes to apply at a step, often none; a function of the evolver and the
-            step (``fxsvd.Schedule`` is one).
+        policy: says which passes to apply at a step, often none; a function of the network and the
+            step (``fxsvd.Schedule`` and ``fxsvd.Spectral`` are such).
         every: how many steps there are from one question to the policy to the next.
         loss: a number for the network, on samples that are held out; a resize that increases it
             too much is undone.
@@ -120,7 +120,7 @@ class Evolver:
         """
         if self.policy is None or number % self.every:
             return []
-        return [self.resize(options, step=number) for options in self.policy(self, number)]
+        return [self.resize(options, step=number) for options in self.policy(self.model, number)]
 
     def resize(self, options: Pass, *, data: Data = None, step: int = 0) -> Event:
         """Apply a pass to the network in training; undone where it costs too much.
@@ -163,22 +163,3 @@ class Evolver:
         if before is None or after is None:
             return False
         return not after <= before + self.max_loss_increase * abs(before)
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """A policy that says beforehand what to do when.
-
-    Attributes:
-        passes: by the number of a step.
-
-    >>> from fxsvd.passes import Widen
-    >>> Schedule({10: (Widen(ratio=0.5),)})(None, 10)
-    (Widen(ratio=0.5, to=None, init='orthogonal', only=(), ignore=(), seed=0),)
-    """
-
-    passes: dict[int, Sequence[Pass]]
-
-    def __call__(self, evolver: Evolver | None, step: int) -> Sequence[Pass]:
-        """What to do at a step."""
-        return self.passes.get(step, ())

@@ -25,7 +25,7 @@ from fxsvd.linalg.interpolation import fit_rows, pivoted_qr
 from fxsvd.naming import Names
 from fxsvd.progress import Say, quiet
 from fxsvd.rotating.bases import mixed
-from fxsvd.rotating.edges import places
+from fxsvd.rotating.edges import places, stand_evenly
 from fxsvd.selecting.fit import Mask
 from fxsvd.widths import (
     Ratio,
@@ -120,6 +120,9 @@ class _Sides:
         behind = tuple(plain[s.tensor] for s in space.consumers if s.tensor in plain)
         if not behind or len(writers) + len(behind) < len(space.producers + space.consumers):
             return "it is not between plain linear layers or convolutions alone"
+        for site in (*space.producers, *space.consumers):
+            if not stand_evenly(deps.channels.of[site.atoms].ravel(), space.channels):
+                return f"some of its channels stand more often in `{site.tensor}` than others"
         for site in space.followers:
             owner = site.tensor.rpartition(".")[0]
             if owner not in {r.layer for r in writers} | {r.norm for r in writers}:

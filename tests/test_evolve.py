@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import fxsvd
 from fxsvd.errors import FxsvdError, PlanError
+from fxsvd.evolving.spectra import spectrum
 from fxsvd.passes import Factorize, Prune, Select, Widen
 
 OPTIMIZERS = {
@@ -211,3 +212,48 @@ def test_groups_keep_their_options_and_a_part_may_stay_frozen() -> None:
     assert optimizer.param_groups[0]["params"][0] is model.head.weight
     assert optimizer.param_groups[1]["params"][1] is model.b.weight
     assert not model.stem.weight.requires_grad
+
+
+def spectral_net(*values: float) -> nn.Module:
+    """A hidden layer with these singular values."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, len(values)), nn.ReLU(), nn.Linear(len(values), 2)).double()
+    v = torch.linalg.qr(torch.randn(8, len(values)).double())[0]
+    with torch.no_grad():
+        net[0].weight.copy_(torch.diag(torch.tensor(values).double()) @ v.T)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "width"),
+    [
+        ((4, 3, 2, 0.5, 0.3), {"prune_below": 0.05}, 4),  # 0.3 < 0.49 < 0.8
+        ((4, 3, 2, 0.5, 0.3), {"prune_below": 0.1}, 3),
+        ((4, 3, 2, 0.5, 0.3), {"prune_below": 0.9, "most": 0.4}, 3),
+        ((4, 3, 2, 0.5, 0.3), {"prune_below": 0.2, "scale": "width", "grow_above": 0.3}, 4),
+        ((4, 3, 2, 0.5, 0.3), {"prune_below": 0.01, "grow_above": 0.02}, 6),
+        ((4, 3, 2, 0.5, 0.3), {"prune_below": 0.01, "grow_above": 0.02, "grow_by": 0.4}, 7),
+        ((4, 3, 2, 0.5, 0.3), {"prune_below": 0.01, "grow_above": 0.04}, 5),
+    ],
+)
+def test_widths_follow_the_spectrum(values: Any, options: Any, width: int) -> None:
+    net, x = spectral_net(*values), torch.randn(4, 8).double()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    evolver = fxsvd.Evolver(net, x, optimizer, policy=fxsvd.Spectral(**options))
+    evolver.step(1)
+    assert evolver.model.get_submodule("0").out_features == width
+    assert len(evolver.history) == (width != 5)
+
+
+def test_a_stream_has_the_spectrum_of_all_its_writers() -> None:
+    net = Residual().double()
+    deps = fxsvd.analyze(fxsvd.capture(net, batch(0)[0]))
+    both = torch.cat([net.stem.weight.flatten(1), net.b.weight.flatten(1)], 1)
+    (stream,) = (s for s in deps.spaces if s.name == "stem")
+    assert torch.allclose(spectrum(deps, stream), torch.linalg.svdvals(both), rtol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"prune_below": 0.2, "grow_above": 0.1}, {"most": 1.0}])
+def test_bad_thresholds_are_refused(options: Any) -> None:
+    with pytest.raises(PlanError):
+        fxsvd.Spectral(**options)

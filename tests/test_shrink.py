@@ -169,3 +169,19 @@ def test_widths_follow_ratios_and_multiples():
     assert [e.space for e in shrunk(net, x, ratio={"2": 0.5}).report.plan.edits] == ["2"]
     with pytest.raises(PlanError, match="fraction removed"):
         Shrink(ratio=1.5)
+
+
+class Tiled(nn.Module):
+    """Some channels are read twice, others once."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 4), nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.b(self.a(x).repeat(1, 2)[:, :6])
+
+
+def test_channels_that_are_read_unequally_often_stay():
+    (skip, _) = fxsvd.plan(Tiled(), torch.randn(3, 6), passes=[Shrink(ratio=0.5)]).skips
+    assert "stand more often in `b.weight`" in skip.why

@@ -236,8 +236,23 @@ def places(entries: Atoms, channels: Atoms) -> Tensor:
     [[1, 3], [0, 2]]
     """
     order = np.argsort(entries, kind="stable")
-    low, high = (np.searchsorted(entries[order], channels, side) for side in ("left", "right"))
-    times = np.unique(high - low)
-    if len(times) != 1:
+    low, times = _counted(entries[order], channels)
+    if len(set(times.tolist())) != 1:
         raise ValueError("some channels stand in this axis more often than others")
     return torch.from_numpy(order[low[:, None] + np.arange(int(times[0]))])
+
+
+def stand_evenly(entries: Atoms, channels: Atoms) -> bool:
+    """Whether all channels stand equally often among the entries of an axis.
+
+    >>> stand_evenly(np.array([5, 7, 5]), np.array([5, 7]))
+    False
+    """
+    _, times = _counted(np.sort(entries), channels)
+    return len(set(times.tolist())) == 1
+
+
+def _counted(entries: Atoms, channels: Atoms) -> tuple[Atoms, Atoms]:
+    """Where each channel begins among sorted entries, and how often it is there."""
+    low, high = (np.searchsorted(entries, channels, side) for side in ("left", "right"))
+    return low, high - low

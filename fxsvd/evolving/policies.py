@@ -1,0 +1,98 @@
+"""Policies: what to do to a network in training, and when. They decide; the ``Evolver`` does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, fx
+
+from fxsvd.compile import Pass
+from fxsvd.dependency import Space, analyze
+from fxsvd.errors import PlanError
+from fxsvd.evolving.spectra import spectrum
+from fxsvd.naming import Names, spaces_named
+from fxsvd.passes import Shrink, Widen
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Says beforehand what to do when.
+
+    Attributes:
+        passes: by the number of a step.
+
+    >>> Schedule({10: (Shrink(ratio=0.25),)})(None, 10)
+    (Shrink(ratio=0.25, round_to=1, only=(), ignore=()),)
+    """
+
+    passes: dict[int, Sequence[Pass]]
+
+    def __call__(self, network: fx.GraphModule | None, step: int) -> Sequence[Pass]:
+        """What to do at a step."""
+        return self.passes.get(step, ())
+
+
+@dataclass(frozen=True)
+class Spectral:
+    """Widths follow the spectra of the weights (J. Dejaegher, *SVD evolutive CNN*, 2021).
+
+    A space whose writers have small singular values loses as many channels: the largest i such that
+    the i smallest add up to less than ``prune_below`` of all. One whose smallest is above
+    ``grow_above`` of all gets more.
+
+    Attributes:
+        prune_below: relative to the sum of the singular values.
+        grow_above: likewise; infinity: never.
+        scale: ``"energy"``: as said; ``"width"``: both thresholds are relative to the mean singular
+            value instead (the source's criterion for CIFAR-10).
+        grow_by: how many channels come, relative to those that are there; at least one.
+        most: of a space's channels go at a time.
+        only: spaces that may change; all where there is none.
+        ignore: spaces that stay.
+
+    Raises:
+        PlanError: a number is out of range.
+
+    >>> Spectral(prune_below=5e-3, grow_above=1e-2).scale
+    'energy'
+    """
+
+    prune_below: float = 5e-3
+    grow_above: float = float("inf")
+    scale: Literal["energy", "width"] = "energy"
+    grow_by: float = 0.05
+    most: float = 0.5
+    only: Names = ()
+    ignore: Names = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.prune_below <= self.grow_above:
+            raise PlanError("prune_below is at most grow_above, and neither is negative")
+        if not 0 <= self.most < 1 or self.grow_by < 0:
+            raise PlanError("`most` is in [0, 1), `grow_by` 0 or more")
+
+    def __call__(self, network: fx.GraphModule, step: int) -> Sequence[Pass]:
+        """What the spectra ask for now."""
+        deps = analyze(network)
+        ignored = spaces_named(deps, self.ignore)
+        fewer: dict[str, float] = {}
+        more: dict[str, int] = {}
+        for i, space in enumerate(deps.spaces):
+            if space.frozen is None and i not in ignored:
+                self._decide(space, spectrum(deps, space), fewer, more)
+        out: list[Pass] = [Shrink(ratio=fewer, only=self.only)] if fewer else []
+        return [*out, Widen(to=more, only=self.only)] if more else out
+
+    def _decide(
+        self, space: Space, values: Tensor, fewer: dict[str, float], more: dict[str, int]
+    ) -> None:
+        width = space.width
+        whole = float(values.sum()) / (width if self.scale == "width" else 1)
+        missing = width - len(values)  # directions that the writers do not even have
+        small = int((values.flip(0).cumsum(0) < self.prune_below * whole).sum()) + missing
+        if small:
+            fewer[space.name] = min(small, int(self.most * width)) / width
+        elif float(values[-1]) > self.grow_above * whole:
+            more[space.name] = width + max(1, int(self.grow_by * width))
