@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from fxsvd import cost
 from fxsvd.capture import capture
 from fxsvd.compile import Pass
 from fxsvd.data.batches import Data
-from fxsvd.dependency import analyze
+from fxsvd.dependency import Dependencies, analyze
 from fxsvd.edits import Plan
 from fxsvd.errors import PlanError
 from fxsvd.evolving.carrying import carry, require_owner
@@ -32,7 +32,7 @@ class Event:
 
     Attributes:
         step: when it was.
-        plan: what was done.
+        plan: what was done, without the numbers.
         parameters: how many the network has now.
         before: the loss before, where there is one.
         after: the loss after.
@@ -142,12 +142,44 @@ class Evolver:
             verify_rewrite(deps, plan, wanted, self.example_inputs)
         after = self._judge(wanted)
         undone = self._too_much(before, after)
+        plan = _without_numbers(plan, self.model)
         if not undone:
-            carry(self.optimizer, deps, plan, self.model, wanted)
-            become(self.model, wanted)
+            self._become(deps, plan, wanted)
         event = Event(step, plan, cost.parameters(self.model), before, after, undone)
         self.history.append(event)
         return event
+
+    def state_dict(self) -> dict[str, Any]:
+        """Widths, weights and what the optimizer remembers, for ``torch.save``."""
+        return {
+            "events": [vars(event) | {"plan": event.plan.to_json()} for event in self.history],
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state_dict`` was called: every resize since the model was made is repeated.
+
+        Args:
+            state: what ``state_dict`` returned, for the same model, given as it was then.
+
+        Raises:
+            PlanError: this network was resized already, or the state is another network's.
+        """
+        if self.history:
+            raise PlanError("this network was resized already: load into a new Evolver")
+        for stored in state["events"]:
+            event = Event(**{**stored, "plan": Plan.from_json(stored["plan"])})
+            if not event.undone:
+                deps = analyze(self.model)
+                self._become(deps, event.plan, rewrite(deps, event.plan))
+            self.history.append(event)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def _become(self, deps: Dependencies, plan: Plan, wanted: fx.GraphModule) -> None:
+        carry(self.optimizer, deps, plan, self.model, wanted)
+        become(self.model, wanted)
 
     @torch.no_grad()
     def _judge(self, network: fx.GraphModule) -> float | None:
@@ -163,3 +195,10 @@ class Evolver:
         if before is None or after is None:
             return False
         return not after <= before + self.max_loss_increase * abs(before)
+
+
+def _without_numbers(plan: Plan, graph: fx.GraphModule) -> Plan:
+    """What a plan does to shapes: of its numbers, only biases that are new."""
+    names = {name for name, _ in graph.named_parameters(remove_duplicate=False)}
+    names |= {name for name, _ in graph.named_buffers(remove_duplicate=False)}
+    return replace(plan, values=tuple(v for v in plan.values if v.parameter not in names))

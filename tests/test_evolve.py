@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -257,3 +258,36 @@ def test_a_stream_has_the_spectrum_of_all_its_writers() -> None:
 def test_bad_thresholds_are_refused(options: Any) -> None:
     with pytest.raises(PlanError):
         fxsvd.Spectral(**options)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_killed_and_resumed_training_goes_on_to_the_last_bit(kind: str, tmp_path: Path) -> None:
+    passes = {
+        2: (Widen(ratio=0.5),),
+        4: (Prune(0.8),),
+        5: (Factorize(rank={"a": 2}),),
+        6: (Prune(0.25, only="stem"), Widen(ratio=1.0, init="split", only="stem")),
+    }
+
+    def fresh() -> tuple[fxsvd.Evolver, Any]:
+        policy = fxsvd.Schedule(passes)
+        return made(kind, policy=policy, loss=held_out, max_loss_increase=1e-3)
+
+    def go(evolver: fxsvd.Evolver, optimizer: Any, steps: range) -> None:
+        for step in steps:
+            train(evolver.model, optimizer, range(step, step + 1))
+            evolver.step(step)
+
+    evolver, optimizer = fresh()
+    go(evolver, optimizer, range(1, 8))
+    torch.save(evolver.state_dict(), tmp_path / "state.pt")
+    go(evolver, optimizer, range(8, 12))
+    again, resumed = fresh()
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert [str(e) for e in again.history] == [str(e) for e in evolver.history]
+    assert {e.undone for e in again.history} == {True, False}
+    go(again, resumed, range(8, 12))
+    expected, state = evolver.model.state_dict(), again.model.state_dict()
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
+    with pytest.raises(PlanError, match="resized already"):
+        again.load_state_dict(evolver.state_dict())
