@@ -67,6 +67,7 @@ class Evolver:
         policy: says which passes to apply at a step, often none; a function of the network and the
             step (``fxsvd.Schedule`` and ``fxsvd.Spectral`` are such).
         every: how many steps there are from one question to the policy to the next.
+        data: batches for the policy's passes that calibrate.
         loss: a number for the network, on samples that are held out; a resize that increases it
             too much is undone.
         max_loss_increase: relative to the loss before.
@@ -96,6 +97,7 @@ class Evolver:
         *,
         policy: Policy | None = None,
         every: int = 1,
+        data: Data = None,
         loss: Loss | None = None,
         max_loss_increase: float = 0.1,
         verify: bool = True,
@@ -106,6 +108,7 @@ class Evolver:
         require_owner(optimizer, self.model)
         self.example_inputs, self.optimizer = example_inputs, optimizer
         self.policy, self.every, self.verify = policy, every, verify
+        self.data = data
         self.loss, self.max_loss_increase = loss, max_loss_increase
         self.history: list[Event] = []
 
@@ -120,7 +123,10 @@ class Evolver:
         """
         if self.policy is None or number % self.every:
             return []
-        return [self.resize(options, step=number) for options in self.policy(self.model, number)]
+        return [
+            self.resize(options, data=self.data, step=number)
+            for options in self.policy(self.model, number)
+        ]
 
     def resize(self, options: Pass, *, data: Data = None, step: int = 0) -> Event:
         """Apply a pass to the network in training; undone where it costs too much.
