@@ -75,7 +75,7 @@ class Evolver:
 
     Attributes:
         model: the graph to train.
-        history: what was done so far.
+        history: the resizes so far; a pass that found nothing to do is none.
 
     Raises:
         CaptureError: the model cannot be captured.
@@ -123,10 +123,10 @@ class Evolver:
         """
         if self.policy is None or number % self.every:
             return []
-        return [
+        known = len(self.history)
+        for options in self.policy(self.model, number):
             self.resize(options, data=self.data, step=number)
-            for options in self.policy(self.model, number)
-        ]
+        return self.history[known:]
 
     def resize(self, options: Pass, *, data: Data = None, step: int = 0) -> Event:
         """Apply a pass to the network in training; undone where it costs too much.
@@ -152,7 +152,8 @@ class Evolver:
         if not undone:
             self._become(deps, plan, wanted)
         event = Event(step, plan, cost.parameters(self.model), before, after, undone)
-        self.history.append(event)
+        if plan.edits or plan.substitutes or plan.values:
+            self.history.append(event)
         return event
 
     def state_dict(self) -> dict[str, Any]:

@@ -91,13 +91,14 @@ class Report:
             for name, a, b in pairs
         ]
         if self.error is not None:
-            lines.append(f"verified: equals the silenced original to {self.error:.1e} (float64)")
+            what = "original" if self.plan.widens else "silenced original"
+            lines.append(f"verified: equals the {what} to {self.error:.1e} (float64)")
         if self.change is not None:
             lines.append(f"outputs on the data given: {self.change:.1e} of their energy changed")
         return lines + [f"note: {note}" for note in self.notes]
 
     def _space_lines(self) -> list[str]:
-        rows = [r for r in self.spaces if r.after < r.before]
+        rows = [r for r in self.spaces if r.after != r.before]
         width = max((len(r.name) for r in rows), default=5)
         head = [f"{'space':<{width}}  {'before':>6}  {'after':>6}  written by"] if rows else []
         return head + [
@@ -107,7 +108,7 @@ class Report:
     def _frozen_lines(self) -> list[str]:
         rows = [r for r in self.spaces if r.after == r.before and r.why]
         lines = [f"  {r.name} ({r.before}): {r.why}" for r in rows]
-        return ["not narrowed:", *lines] if rows else []
+        return [f"not {'widened' if self.plan.widens else 'narrowed'}:", *lines] if rows else []
 
     def _left_lines(self) -> list[str]:
         lines, stage = [], self.plan

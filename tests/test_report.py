@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fxsvd
-from fxsvd.passes import Prune
+from fxsvd.passes import Prune, Widen
 
 
 class Chain(nn.Module):
@@ -110,3 +111,12 @@ def test_the_json_holds_everything() -> None:
     assert [row["name"] for row in data["layers"]] == ["conv", "norm", "head"]
     assert data["spaces"][0]["producers"] == ["conv"]
     assert fxsvd.Plan.from_json(json.dumps(data["plan"])) == report.plan
+
+
+def test_a_wider_network_is_reported_as_such():
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    wide = fxsvd.compile(net, torch.zeros(2, 4), passes=[Widen(ratio=0.5)], progress=False)
+    text = str(wide.report)
+    assert re.search(r"^0 +8 +12 +0$", text, re.MULTILINE)
+    assert "equals the original to" in text
+    assert "not widened:\n  2 (2): it is the network's output" in text
