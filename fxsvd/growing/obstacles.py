@@ -19,6 +19,7 @@ from fxsvd.rules.indexing import entries
 from fxsvd.widening import Counts
 
 ACROSS = ("layer_norm", "rms_norm", "group_norm")
+STATISTIC = "takes a statistic over channels"
 
 
 def obstacles(deps: Dependencies, counts: Counts, alike: Mask) -> dict[int, str]:
@@ -29,6 +30,16 @@ def obstacles(deps: Dependencies, counts: Counts, alike: Mask) -> dict[int, str]
         counts: how often every channel is to be there.
         alike: by channel, whether its copies compute what it does: a mean over equally many of all
             such channels stays what it was.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from fxsvd.capture import capture
+    >>> from fxsvd.dependency import analyze
+    >>> net = nn.Sequential(nn.Linear(4, 2), nn.LayerNorm(2), nn.Linear(2, 1))
+    >>> deps = analyze(capture(net, torch.zeros(2, 4)))
+    >>> counts, alike = (np.full(deps.channels.count, value) for value in (2, True))
+    >>> obstacles(deps, counts, alike), set(obstacles(deps, counts, ~alike).values())
+    ({}, {'`_1` takes a statistic over channels'})
     """
     out: dict[int, str] = {}
     for known in _shared(deps):
@@ -38,8 +49,7 @@ def obstacles(deps: Dependencies, counts: Counts, alike: Mask) -> dict[int, str]
     for node, source, why in _noticing(deps):
         channels = np.unique(np.concatenate(_all(deps, source)))
         even = alike[channels].all() and len(set(counts[channels].tolist())) == 1
-        even = even and "slice" not in why
-        if not even:
+        if why != STATISTIC or source.stored or not even:
             for channel in channels[counts[channels] > 1].tolist():
                 out.setdefault(channel, f"`{node.name}` {why}")
     return out
@@ -67,7 +77,7 @@ def _noticing(deps: Dependencies) -> Iterator[tuple[fx.Node, TensorType, str]]:
         if RULES.get(node.target) is normalization.weight_norm:
             yield node, source, "takes a norm over channels"
         elif _over_channels(deps, graph, node, source, out):
-            yield node, source, "takes a statistic over channels"
+            yield node, source, STATISTIC
         elif _reorders(node, source):
             yield node, source, "takes a strided slice of channels, or turns them round"
 

@@ -17,7 +17,15 @@ PRODUCTS = (torch.matmul, torch.bmm, operator.matmul, torch.baddbmm, torch.einsu
 
 
 def paired(deps: Dependencies) -> Mask:
-    """By channel, whether it is summed over in a product of two activations."""
+    """By channel, whether it is summed over in a product of two activations.
+
+    >>> from torch import nn
+    >>> from fxsvd.capture import capture
+    >>> from fxsvd.dependency import analyze
+    >>> deps = analyze(capture(nn.Bilinear(2, 3, 4), (torch.zeros(2, 2), torch.zeros(2, 3))))
+    >>> paired(deps).any()
+    np.False_
+    """
     out = np.zeros(deps.channels.count, dtype=bool)
     for node in deps.analysis.types:
         sides = [t for t in map(deps.analysis.types.get, _operands(node)) if _flows(t)]

@@ -68,9 +68,9 @@ class Growth:
         """As the site says; the bias of a producer is one, too."""
         site = self.deps.analysis.site_of(block.atoms)
         own = _weight_of(known.names[0]) in self._repeated
-        return (
-            "producer" if own and len(known.type.shape) == 1 else getattr(site, "role", "follower")
-        )
+        if own and len(known.type.shape) == 1:
+            return "producer"
+        return "follower" if site is None else site.role
 
     def _read(self, known: Parameter, layout: Layout, value: Tensor) -> Tensor:
         """Columns: the new ones get nothing, or a share."""
