@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from fxsvd import cost
 from fxsvd.capture import capture
 from fxsvd.compile import Pass
+from fxsvd.data import ranks
 from fxsvd.data.batches import Data
 from fxsvd.dependency import Dependencies, analyze
 from fxsvd.edits import Plan
@@ -59,6 +60,10 @@ class Evolver:
     Train ``evolver.model``, with the optimizer that is given here: both stay the same objects, so
     loops, schedulers and gradient scalers that hold them need not know. What is decided (a policy)
     and what is done (``resize``) are apart: either can be used alone.
+
+    Under ``DistributedDataParallel`` every rank has an evolver of its own, with the same policy and
+    seeds; losses are averaged over the ranks, so that all decide alike. Wrap ``evolver.model``, and
+    wrap it anew after each resize.
 
     Args:
         model: the network; its parameters are used, not copied.
@@ -194,7 +199,8 @@ class Evolver:
             return None
         training = network.training
         try:
-            return float(self.loss(network.eval()))
+            own = float(self.loss(network.eval()))
+            return float(ranks.gathered([own]).mean())  # all ranks decide alike
         finally:
             network.train(training)
 
