@@ -103,15 +103,17 @@ class Experiment:
         """100 + the share of the held-out images that is wrong, in %: 1 % of it is a point."""
         return 200 - 100 * accuracy(network, *self.held)
 
-    def shrink(self, ratio: float) -> bool:
-        """Narrow every space; whether that was cheap enough."""
+    def shrink(self, ratio: float) -> float:
+        """Narrow every space; the ratio for the next time."""
         chosen = torch.randperm(len(self.images), generator=self.generator)[:CALIBRATION]
         batches = data.MNIST(self.images[chosen]).split(100)
         start = time.perf_counter()
         event = self.evolver.resize(Select(ratio=ratio, chaining="top-down"), data=batches)
         seconds = time.perf_counter() - start
         print(f"{event}, {seconds:.1f} s", flush=True)
-        return not event.undone
+        if not event.plan.edits:  # of so few channels, that share is none
+            return 2 * ratio
+        return ratio / 2 if event.undone else ratio
 
 
 def main() -> None:
@@ -120,15 +122,15 @@ def main() -> None:
     parser.add_argument("--target", type=int, default=12_500, help="parameters, at most")
     parser.add_argument("--ratio", type=float, default=0.25, help="of the channels, each time")
     parser.add_argument("--pause", type=int, default=200, help="steps from one time to the next")
+    parser.add_argument("--resizes", type=int, default=60, help="at most")
     parser.add_argument("--epochs", type=float, default=10, help="at the final size")
     options = data.parse(parser)
     run, start = Experiment(options.data), time.perf_counter()
     print(f"{parameters(run.evolver.model)} parameters")
     run.train(options.pause)
-    ratio = options.ratio
-    while parameters(run.evolver.model) > options.target:
-        if not run.shrink(ratio):
-            ratio = max(ratio / 2, 0.02)
+    ratio, left = options.ratio, options.resizes
+    while parameters(run.evolver.model) > options.target and left:
+        ratio, left = run.shrink(ratio), left - 1
         run.train(options.pause)
     for _ in range(5):
         run.train(int(options.epochs * len(run.images) / BATCH / 5), last_rate=RATE / 5)
