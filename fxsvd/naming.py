@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TypeVar
@@ -63,26 +63,47 @@ def paths_of(graph: fx.GraphModule, module: nn.Module) -> list[str]:
 def _spaces_of(deps: Dependencies, name: Name) -> list[int]:
     graph = deps.analysis.graph
     patterns = [name] if isinstance(name, str) else paths_of(graph, name)
-    found = [i for i, s in enumerate(deps.spaces) if any(_means(p, s) for p in patterns)]
-    if found or any(_is_known(graph, p) for p in patterns):
-        return found
-    known = sorted({n for space in deps.spaces for n in _names(space)})
-    near = get_close_matches(patterns[0], known, 3, 0.4)
-    hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
-    raise PlanError(f"no layer or space is called {patterns[0]!r}{hint}")
+    found = [
+        i
+        for i, space in enumerate(deps.spaces)
+        if any(means(pattern, n) for n in _names(space) for pattern in patterns)
+    ]
+    if not found:
+        known = sorted({n for space in deps.spaces for n in _names(space)})
+        require_known(graph, patterns, known, "layer or space")
+    return found
 
 
 def _names(space: Space) -> list[str]:
     return [space.name, *space.layers, *(site.tensor for site in space.producers)]
 
 
-def _means(pattern: str, space: Space) -> bool:
-    return any(
-        name == pattern or name.startswith(f"{pattern}.") or fnmatchcase(name, pattern)
-        for name in _names(space)
-    )
+def means(pattern: str, name: str) -> bool:
+    """Whether a pattern is a name, a container of it, or a glob that matches it.
+
+    >>> means("layer1", "layer1.0.conv1"), means("*.conv1", "layer1.0.conv1"), means("fc", "fc1")
+    (True, True, False)
+    """
+    return name == pattern or name.startswith(f"{pattern}.") or fnmatchcase(name, pattern)
 
 
-def _is_known(graph: fx.GraphModule, pattern: str) -> bool:
-    """Whether the name is a layer that produces no channels (an activation, say)."""
-    return any(fnmatchcase(path, pattern) for path, _ in graph.named_modules() if path)
+def require_known(
+    graph: fx.GraphModule, patterns: Sequence[str], near: Collection[str], kind: str
+) -> None:
+    """Raise unless some module has a name like that (an activation, say, that has no channels).
+
+    Args:
+        graph: the network.
+        patterns: what was asked for; the first one is named.
+        near: names to suggest.
+        kind: what none of them is.
+
+    Raises:
+        PlanError: none has.
+    """
+    modules = [path for path, _ in graph.named_modules() if path]
+    if any(fnmatchcase(path, pattern) for path in modules for pattern in patterns):
+        return
+    found = get_close_matches(patterns[0], near, 3, 0.4)
+    hint = f"; did you mean {', '.join(map(repr, found))}?" if found else ""
+    raise PlanError(f"no {kind} is called {patterns[0]!r}{hint}")

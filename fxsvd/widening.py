@@ -108,12 +108,12 @@ class Widening:
 
     def _row(self, channels: Atoms) -> tuple[Atoms, Atoms]:
         """The new order of a row, and which copy each is."""
-        edges = np.flatnonzero(channels[1:] != channels[:-1]) + 1
-        runs = np.split(np.arange(len(channels)), edges)
-        times = self.counts[channels[[run[0] for run in runs]]]
-        source = [np.tile(run, n) for run, n in zip(runs, times, strict=True)]
-        rank = [np.repeat(np.arange(n), len(run)) for run, n in zip(runs, times, strict=True)]
-        return np.concatenate(source), np.concatenate(rank)
+        starts = np.flatnonzero(np.append(True, channels[1:] != channels[:-1]))
+        lengths = np.diff(np.append(starts, len(channels)))
+        sizes = lengths * self.counts[channels[starts]]
+        run = np.repeat(np.arange(len(starts)), sizes)
+        within = np.arange(len(run)) - (sizes.cumsum() - sizes)[run]
+        return starts[run] + within % lengths[run], within // lengths[run]
 
     def along(self, t: TensorType, dim: int) -> Counts:
         """How often each index of a dimension is there (in the first row, where rows differ)."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from fxsvd.coupling import Group
 from fxsvd.dependency import Dependencies
 from fxsvd.edits import Plan, Remap, Skip
 from fxsvd.errors import PlanError
@@ -106,6 +107,15 @@ def wanted_ratios(
     return wanted_numbers(deps, ratio, only, ignore, "ratio")
 
 
+def anything(ratio: Ratio) -> Ratio:
+    """Ratios with which every space that some pattern means counts, whatever its number is.
+
+    >>> anything({"fc": 0.0}), anything(0.0)
+    ({'fc': 0.5}, 0.5)
+    """
+    return dict.fromkeys(ratio, 0.5) if isinstance(ratio, Mapping) else 0.5
+
+
 def wanted_numbers(
     deps: Dependencies,
     value: float | Mapping[str, float],
@@ -168,21 +178,46 @@ def rounded(steps: list[Atoms], multiple: int, deps: Dependencies) -> int:
     return int(fits[-1]) + 1 if fits.size else 0
 
 
-def as_plan(
-    deps: Dependencies, kept: npt.NDArray[np.bool_], why: dict[int, str], left: str
-) -> Plan:
-    """A plan that keeps some channels of every space.
+def lose_share(
+    deps: Dependencies,
+    kept: npt.NDArray[np.bool_],
+    group: Group,
+    scores: Scores,
+    ratio: float,
+    round_to: int,
+) -> None:
+    """Let a group lose its share of channels, those of the lowest scores.
 
     Args:
         deps: the analysis.
-        kept: a bool per channel.
+        kept: a bool per channel; changed in place.
+        group: what loses channels, step by step.
+        scores: a number per channel.
+        ratio: the share.
+        round_to: the widths that are left are multiples of this.
+    """
+    ranked = group.ranked(scores)
+    steps = ranked[: local_counts([ranked], [ratio])[0]]
+    for channels in steps[: rounded(steps, round_to, deps)]:
+        kept[channels] = False
+
+
+def as_plan(
+    deps: Dependencies, counts: npt.NDArray[np.bool_ | np.int64], why: dict[int, str], left: str
+) -> Plan:
+    """A plan that keeps some channels of every space, or copies some.
+
+    Args:
+        deps: the analysis.
+        counts: per channel, whether it stays, or how often it is there afterwards.
         why: by a space's number, why it stays.
-        left: why any other space that loses nothing stays.
+        left: why any other space that loses and gets nothing stays.
     """
     edits, skips = [], []
     for i, space in enumerate(deps.spaces):
-        keep = np.flatnonzero(kept[space.channels])
-        if len(keep) < space.width:
+        times = counts[space.channels].astype(np.int64)
+        if (times != 1).any():
+            keep = np.repeat(np.arange(space.width), times)
             edits.append(Remap(space.name, space.width, tuple(keep.tolist())))
             continue
         reason = space.frozen or why.get(i) or left

@@ -31,11 +31,11 @@ from fxsvd.selecting.fit import Fit, Mask
 from fxsvd.verify import verify_rewrite
 from fxsvd.widths import (
     Ratio,
+    anything,
     as_plan,
-    local_counts,
+    lose_share,
     require_multiple,
     require_ratio,
-    rounded,
     wanted_ratios,
 )
 
@@ -133,7 +133,7 @@ class Rotate:
     def _choose(self, deps: Dependencies) -> tuple[list[Edge], Mask, dict[int, str]]:
         """The edges to be rotated, which of their (new) channels stay, and why others do not."""
         edges, reasons = linear_edges(deps)
-        _, unwanted = wanted_ratios(deps, _any(self.ratio), self.only, self.ignore)
+        _, unwanted = wanted_ratios(deps, anything(self.ratio), self.only, self.ignore)
         ratios, _ = wanted_ratios(deps, self.ratio, self.only, self.ignore)
         numbers = {space.name: i for i, space in enumerate(deps.spaces)}
         why = {numbers[name]: reason for name, reason in reasons.items()} | unwanted
@@ -158,15 +158,7 @@ class Rotate:
         scores: Scores = np.zeros(deps.channels.count)
         for block in edge.blocks:
             scores[block] = np.arange(len(block), 0, -1) / len(block)
-        ranked = group.ranked(scores)
-        steps = ranked[: local_counts([ranked], [ratio])[0]]
-        for channels in steps[: rounded(steps, self.round_to, deps)]:
-            kept[channels] = False
-
-
-def _any(ratio: Ratio) -> Ratio:
-    """A ratio with which every space that is meant at all counts."""
-    return dict.fromkeys(ratio, 0.5) if isinstance(ratio, Mapping) else 0.5
+        lose_share(deps, kept, group, scores, ratio, self.round_to)
 
 
 def _tied(deps: Dependencies, edge: Edge, group: Group) -> str:

@@ -30,10 +30,9 @@ from fxsvd.selecting.fit import Mask
 from fxsvd.widths import (
     Ratio,
     as_plan,
-    local_counts,
+    lose_share,
     require_multiple,
     require_ratio,
-    rounded,
     wanted_ratios,
 )
 
@@ -93,10 +92,8 @@ class Shrink:
             scores: Scores = np.zeros(deps.channels.count)
             for side in found:
                 side.score(deps, values, scores)
-            ranked = group.ranked(scores)
-            steps = ranked[: local_counts([ranked], [float(ratios[numbers].min())])[0]]
-            for channels in steps[: rounded(steps, self.round_to, deps)]:
-                kept[channels] = False
+            ratio = float(ratios[numbers].min())
+            lose_share(deps, kept, group, scores, ratio, self.round_to)
             for side in found:
                 side.absorb(deps, values, kept)
         plan = as_plan(deps, kept, why, "rounding or coupling leaves nothing to remove")

@@ -6,7 +6,6 @@ mathematics, ``fxsvd.rotating.streams`` says what a stream is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,11 +23,11 @@ from fxsvd.rotating.turning import encoder, second_moments, turn
 from fxsvd.selecting.fit import Mask
 from fxsvd.widths import (
     Ratio,
+    anything,
     as_plan,
-    local_counts,
+    lose_share,
     require_multiple,
     require_ratio,
-    rounded,
     wanted_ratios,
 )
 
@@ -93,8 +92,7 @@ class Slice:
     def _choose(self, deps: Dependencies) -> tuple[list[Stream], Mask, dict[int, str]]:
         every, reasons = streams(deps)
         numbers = {space.name: i for i, space in enumerate(deps.spaces)}
-        meant = dict.fromkeys(self.ratio, 0.5) if isinstance(self.ratio, Mapping) else 0.5
-        _, unwanted = wanted_ratios(deps, meant, self.only, self.ignore)
+        _, unwanted = wanted_ratios(deps, anything(self.ratio), self.only, self.ignore)
         ratios, _ = wanted_ratios(deps, self.ratio, self.only, self.ignore)
         why = {numbers[name]: reason for name, reason in reasons.items()} | unwanted
         kept = np.ones(deps.channels.count, dtype=bool)
@@ -104,8 +102,6 @@ class Slice:
             group = next(g for g in deps.groups if channels[0] in g.channels)
             scores: Scores = np.zeros(deps.channels.count)
             scores[channels] = np.arange(len(channels), 0, -1)
-            ranked = group.ranked(scores)
-            steps = ranked[: local_counts([ranked], [float(ratios[numbers[stream.space.name]])])[0]]
-            for step in steps[: rounded(steps, self.round_to, deps)]:
-                kept[step] = False
+            ratio = float(ratios[numbers[stream.space.name]])
+            lose_share(deps, kept, group, scores, ratio, self.round_to)
         return found, kept, why

@@ -10,7 +10,7 @@ import torch
 
 from fxsvd.data.batches import Data
 from fxsvd.dependency import Dependencies
-from fxsvd.edits import Plan, Remap, Skip
+from fxsvd.edits import Plan
 from fxsvd.errors import PlanError
 from fxsvd.growing.obstacles import obstacles
 from fxsvd.growing.pairs import paired
@@ -20,7 +20,7 @@ from fxsvd.naming import Names
 from fxsvd.narrowing import Mask
 from fxsvd.progress import Say, quiet
 from fxsvd.widening import Counts, Widening
-from fxsvd.widths import Ratio, Widths, wanted_numbers
+from fxsvd.widths import Ratio, Widths, as_plan, wanted_numbers
 
 INITS = ("orthogonal", "split")
 
@@ -90,20 +90,8 @@ class Widen:
         numbers, why = wanted_numbers(deps, self._given, self.only, self.ignore, option)
         pairs = paired(deps)
         counts = self._counts(deps, numbers)
-        blocked: dict[int, str] = {}
-        alike = ~pairs & (self.init == "split")
-        hindered = _unread(deps, pairs) | obstacles(deps, counts, alike)
-        while hindered:
-            before = counts.copy()
-            for group in deps.groups:
-                met = [hindered[c] for c in group.channels.tolist() if c in hindered]
-                if met:
-                    counts[group.channels] = 1
-                    blocked |= dict.fromkeys(deps.space_of[group.channels].tolist(), met[0])
-            if (before == counts).all():
-                break
-            hindered = obstacles(deps, counts, alike)
-        plan = _plan(deps, counts, why | blocked)
+        why |= _settle(deps, counts, pairs, ~pairs & (self.init == "split"))
+        plan = as_plan(deps, counts, why, "its goal or coupling adds nothing")
         generator = torch.Generator().manual_seed(self.seed)
         growth = Growth(deps, Widening(deps.channels.of, counts), pairs, self.init, generator)
         return replace(plan, values=tuple(growth.assigns()), exact=True)
@@ -123,6 +111,23 @@ class Widen:
         return counts
 
 
+def _settle(deps: Dependencies, counts: Counts, pairs: Mask, alike: Mask) -> dict[int, str]:
+    """Let groups stay whose copies something would notice; by space, what it is."""
+    why: dict[int, str] = {}
+    unread = _unread(deps, pairs)
+    while met := {
+        channel: reason
+        for channel, reason in (unread | obstacles(deps, counts, alike)).items()
+        if counts[channel] > 1
+    }:
+        for group in deps.groups:
+            reason = next((met[c] for c in group.channels.tolist() if c in met), None)
+            if reason is not None:
+                counts[group.channels] = 1
+                why |= dict.fromkeys(deps.space_of[group.channels].tolist(), reason)
+    return why
+
+
 def _unread(deps: Dependencies, pairs: Mask) -> dict[int, str]:
     """Channels whose copies nothing could leave out of account."""
     read = np.zeros(len(pairs), dtype=bool)
@@ -132,16 +137,3 @@ def _unread(deps: Dependencies, pairs: Mask) -> dict[int, str]:
     both = "its channels are factors of a product, and are read by a layer as well"
     out = dict.fromkeys(np.flatnonzero(~read & ~pairs).tolist(), nobody)
     return out | dict.fromkeys(np.flatnonzero(read & pairs).tolist(), both)
-
-
-def _plan(deps: Dependencies, counts: Counts, why: dict[int, str]) -> Plan:
-    edits, skips = [], []
-    for i, space in enumerate(deps.spaces):
-        times = counts[space.channels]
-        if (times > 1).any():
-            keep = np.repeat(np.arange(space.width), times)
-            edits.append(Remap(space.name, space.width, tuple(keep.tolist())))
-        else:
-            reason = space.frozen or why.get(i) or "its goal or coupling adds nothing"
-            skips.append(Skip(space.name, space.width, reason))
-    return Plan(tuple(edits), tuple(skips))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fxsvd.analysis import Site
 from fxsvd.dependency import Dependencies, Space
+from fxsvd.rotating.edges import counted
 
 
 def spectrum(deps: Dependencies, space: Space) -> Tensor:
@@ -43,8 +44,8 @@ def _rows(deps: Dependencies, space: Space, site: Site, value: Tensor) -> Tensor
         return None
     channels = deps.channels.of[site.atoms]
     order = np.argsort(channels, kind="stable")
-    place = np.searchsorted(channels, space.channels, sorter=order).clip(max=len(order) - 1)
-    first = order[place]
+    low, times = counted(channels[order], space.channels)
+    first = order[low.clip(max=len(order) - 1)]
     matrix = value.double().movedim(site.dim, 0).flatten(1)[torch.from_numpy(first)]
-    missing = torch.from_numpy(channels[first] != space.channels)
+    missing = torch.from_numpy(times == 0)
     return matrix.masked_fill(missing.unsqueeze(1).to(matrix.device), 0)

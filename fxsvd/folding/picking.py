@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from typing import TypeVar
 
 from torch import fx
 
-from fxsvd.errors import PlanError
-from fxsvd.naming import Name, Names, listed, paths_of
+from fxsvd.naming import Name, Names, listed, means, paths_of, require_known
 
 Value = TypeVar("Value")
 
@@ -83,14 +80,8 @@ def value_by_layer(
 
 def _meant(graph: fx.GraphModule, layers: Collection[str], name: Name) -> list[str]:
     patterns = [name] if isinstance(name, str) else paths_of(graph, name)
-    found = [path for path in layers if any(_means(pattern, path) for pattern in patterns)]
-    modules = [path for path, _ in graph.named_modules() if path]
-    if found or any(fnmatchcase(path, pattern) for path in modules for pattern in patterns):
-        return found
-    near = get_close_matches(patterns[0], modules, 3, 0.4)
-    hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
-    raise PlanError(f"no layer is called {patterns[0]!r}{hint}")
-
-
-def _means(pattern: str, path: str) -> bool:
-    return path == pattern or path.startswith(f"{pattern}.") or fnmatchcase(path, pattern)
+    found = [path for path in layers if any(means(pattern, path) for pattern in patterns)]
+    if not found:
+        modules = [path for path, _ in graph.named_modules() if path]
+        require_known(graph, patterns, modules, "layer")
+    return found

@@ -236,7 +236,7 @@ def places(entries: Atoms, channels: Atoms) -> Tensor:
     [[1, 3], [0, 2]]
     """
     order = np.argsort(entries, kind="stable")
-    low, times = _counted(entries[order], channels)
+    low, times = counted(entries[order], channels)
     if len(set(times.tolist())) != 1:
         raise ValueError("some channels stand in this axis more often than others")
     return torch.from_numpy(order[low[:, None] + np.arange(int(times[0]))])
@@ -248,11 +248,15 @@ def stand_evenly(entries: Atoms, channels: Atoms) -> bool:
     >>> stand_evenly(np.array([5, 7, 5]), np.array([5, 7]))
     False
     """
-    _, times = _counted(np.sort(entries), channels)
+    _, times = counted(np.sort(entries), channels)
     return len(set(times.tolist())) == 1
 
 
-def _counted(entries: Atoms, channels: Atoms) -> tuple[Atoms, Atoms]:
-    """Where each channel begins among sorted entries, and how often it is there."""
+def counted(entries: Atoms, channels: Atoms) -> tuple[Atoms, Atoms]:
+    """Where each channel begins among sorted entries, and how often it is there.
+
+    >>> counted(np.array([5, 5, 7]), np.array([7, 6, 5]))
+    (array([2, 2, 0]), array([1, 0, 2]))
+    """
     low, high = (np.searchsorted(entries, channels, side) for side in ("left", "right"))
     return low, high - low
