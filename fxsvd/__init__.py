@@ -8,8 +8,12 @@ from fxsvd.data.statistics import Statistics
 from fxsvd.dependency import Dependencies, Space, analyze
 from fxsvd.edits import Assign, Estimate, Left, Part, Plan, Remap, Skip, Substitute
 from fxsvd.errors import CaptureError, FxsvdError, PlanError, VerificationError
-from fxsvd.evolve import Event, Evolver
+from fxsvd.evolve import Evolver
+from fxsvd.evolving.balance import Balance
+from fxsvd.evolving.history import Event, History
+from fxsvd.evolving.operators import Residual, residual_spectra
 from fxsvd.evolving.policies import Schedule, Spectral
+from fxsvd.evolving.sharding import Sharded
 from fxsvd.export import export_onnx
 from fxsvd.layers import register_layer
 from fxsvd.measure import Site
@@ -19,19 +23,23 @@ from fxsvd.verify import mask, verify
 
 __all__ = [
     "Assign",
+    "Balance",
     "CaptureError",
     "Dependencies",
     "Estimate",
     "Event",
     "Evolver",
     "FxsvdError",
+    "History",
     "Left",
     "Part",
     "Plan",
     "PlanError",
     "Remap",
     "Report",
+    "Residual",
     "Schedule",
+    "Sharded",
     "Site",
     "Skip",
     "Space",
@@ -50,5 +58,6 @@ __all__ = [
     "plan",
     "register_layer",
     "register_rule",
+    "residual_spectra",
     "verify",
 ]

@@ -3,55 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 from torch import fx, nn
 from torch.optim import Optimizer
 
 from fxsvd import cost
 from fxsvd.capture import capture
 from fxsvd.compile import Pass
-from fxsvd.data import ranks
 from fxsvd.data.batches import Data
 from fxsvd.dependency import Dependencies, analyze
 from fxsvd.edits import Plan
 from fxsvd.errors import PlanError
+from fxsvd.evolving.agreeing import agreed_on, agreed_plan, share_buffers
+from fxsvd.evolving.averages import averaged_network, resized_average
 from fxsvd.evolving.carrying import carry, require_owner
+from fxsvd.evolving.history import (
+    Event,
+    History,
+    restored,
+    stored,
+    widths_of,
+    without_numbers,
+)
+from fxsvd.evolving.judging import Loss, judged, too_much
+from fxsvd.evolving.operators import residual_spectra
+from fxsvd.evolving.policies import require_passes
 from fxsvd.evolving.replacing import become
+from fxsvd.evolving.sharding import require_whole
 from fxsvd.rewrite import rewrite
 from fxsvd.verify import verify_rewrite
 
 Policy = Callable[[fx.GraphModule, int], Sequence[Pass]]
-Loss = Callable[[nn.Module], Any]
-
-
-@dataclass(frozen=True)
-class Event:
-    """One resize.
-
-    Attributes:
-        step: when it was.
-        plan: what was done, without the numbers.
-        parameters: how many the network has now.
-        before: the loss before, where there is one.
-        after: the loss after.
-        undone: whether it cost more than was allowed, and the network is as before.
-    """
-
-    step: int
-    plan: Plan
-    parameters: int
-    before: float | None
-    after: float | None
-    undone: bool
-
-    def __str__(self) -> str:
-        """``step 3: 1234 parameters, loss 0.21 -> 0.22``."""
-        loss = "" if self.after is None else f", loss {self.before:.4g} -> {self.after:.4g}"
-        end = " (undone)" if self.undone else ""
-        return f"step {self.step}: {self.parameters} parameters{loss}{end}"
+Average = TypeVar("Average", bound=nn.Module)
 
 
 class Evolver:
@@ -62,8 +46,9 @@ class Evolver:
     and what is done (``resize``) are apart: either can be used alone.
 
     Under ``DistributedDataParallel`` every rank has an evolver of its own, with the same policy and
-    seeds; losses are averaged over the ranks, so that all decide alike. Wrap ``evolver.model``, and
-    wrap it anew after each resize.
+    seeds; losses are averaged over the ranks, buffers and new numbers are those of the first, so
+    that all decide alike. Wrap ``evolver.model``, and wrap it anew after each resize. For FSDP2 see
+    ``fxsvd.Sharded``.
 
     Args:
         model: the network; its parameters are used, not copied.
@@ -77,15 +62,20 @@ class Evolver:
             too much is undone.
         max_loss_increase: relative to the loss before.
         verify: check every rewrite against the network before it (see ``fxsvd.compile``).
+        advice: note at every resize what the spectra of residual branches say of width and depth
+            (see ``fxsvd.residual_spectra``); an SVD per branch.
 
     Attributes:
         model: the graph to train.
-        history: the resizes so far; a pass that found nothing to do is none.
+        history: the resizes so far, a list that can be printed as a table and plotted (see
+            ``fxsvd.evolving.history``); a pass that found nothing to do is none.
+        averages: of the network's parameters, such as ``AveragedModel``: resized as it is.
 
     Raises:
         CaptureError: the model cannot be captured.
-        FxsvdError: the optimizer has parameters that are not the model's.
+        FxsvdError: the optimizer has parameters that are not the model's, or they are sharded.
 
+    >>> import torch
     >>> from fxsvd.passes import Widen
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
@@ -106,16 +96,21 @@ class Evolver:
         loss: Loss | None = None,
         max_loss_increase: float = 0.1,
         verify: bool = True,
+        advice: bool = False,
     ) -> None:
         if every < 1:
             raise PlanError(f"every is a number of steps, 1 or more; got {every}")
-        self.model = capture(model, example_inputs).train(model.training)
+        require_whole(model)
+        self.model = capture(model, example_inputs)
+        if model.training and not self.model.training:
+            self.model.train()  # says why it cannot
         require_owner(optimizer, self.model)
         self.example_inputs, self.optimizer = example_inputs, optimizer
         self.policy, self.every, self.verify = policy, every, verify
-        self.data = data
+        self.data, self.advice = data, advice
         self.loss, self.max_loss_increase = loss, max_loss_increase
-        self.history: list[Event] = []
+        self.history = History()
+        self.averages: list[nn.Module] = []
 
     def step(self, number: int) -> list[Event]:
         """Ask the policy at every ``every``-th step, and do what it says.
@@ -129,9 +124,33 @@ class Evolver:
         if self.policy is None or number % self.every:
             return []
         known = len(self.history)
-        for options in self.policy(self.model, number):
+        share_buffers(self.model)
+        for options in agreed_on(require_passes(self.policy(self.model, number))):
             self.resize(options, data=self.data, step=number)
         return self.history[known:]
+
+    def follow(self, average: Average) -> Average:
+        """Let an average of the network's parameters (EMA, SWA) be resized as the network is.
+
+        See ``fxsvd.evolving.averages`` for the numbers that it gets.
+
+        Args:
+            average: ``AveragedModel(evolver.model, ...)``, or another copy of ``evolver.model``.
+
+        Returns:
+            The same.
+
+        Raises:
+            FxsvdError: it is of another network.
+
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> evolver = Evolver(net, torch.zeros(2, 4), torch.optim.SGD(net.parameters(), lr=0.1))
+        >>> ema = evolver.follow(torch.optim.swa_utils.AveragedModel(evolver.model))
+        """
+        averaged_network(average, self.model)
+        self.averages.append(average)
+        return average
 
     def resize(self, options: Pass, *, data: Data = None, step: int = 0) -> Event:
         """Apply a pass to the network in training; undone where it costs too much.
@@ -142,29 +161,46 @@ class Evolver:
             step: for the history.
 
         Raises:
+            FxsvdError: ranks propose to do different things; nothing was changed.
             PlanError: the pass does not fit the network; nothing was changed.
             VerificationError: the result would be wrong; nothing was changed.
         """
-        before = self._judge(self.model)
+        require_passes((options,))
+        require_whole(self.model)
+        share_buffers(self.model)
+        before = judged(self.loss, self.model)
         deps = analyze(self.model)
-        plan = options.propose(deps, data)
-        wanted = rewrite(deps, plan).train(self.model.training)
+        plan = agreed_plan(options.propose(deps, data), options)
+        wanted = rewrite(deps, plan)
         if self.verify:
             verify_rewrite(deps, plan, wanted, self.example_inputs)
-        after = self._judge(wanted)
-        undone = self._too_much(before, after)
-        plan = _without_numbers(plan, self.model)
+        after = judged(self.loss, wanted)
+        undone = too_much(before, after, self.max_loss_increase)
+        changes = bool(plan.edits or plan.substitutes or plan.values)
+        widths = widths_of(deps, plan, undone) if changes else ()
+        branches = residual_spectra(deps) if changes and self.advice else ()
         if not undone:
-            self._become(deps, plan, wanted)
-        event = Event(step, plan, cost.parameters(self.model), before, after, undone)
-        if plan.edits or plan.substitutes or plan.values:
+            self._become(deps, plan, wanted, options)
+        event = Event(
+            step,
+            without_numbers(plan, deps),
+            cost.parameters(self.model),
+            before,
+            after,
+            undone,
+            cost.macs(self.model),
+            widths,
+            tuple(branch.advice() for branch in branches),
+        )
+        if changes:
             self.history.append(event)
         return event
 
     def state_dict(self) -> dict[str, Any]:
         """Widths, weights and what the optimizer remembers, for ``torch.save``."""
         return {
-            "events": [vars(event) | {"plan": event.plan.to_json()} for event in self.history],
+            "averages": [average.state_dict() for average in self.averages],
+            "events": [stored(event) for event in self.history],
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
@@ -176,42 +212,34 @@ class Evolver:
             state: what ``state_dict`` returned, for the same model, given as it was then.
 
         Raises:
-            PlanError: this network was resized already, or the state is another network's.
+            PlanError: this network was resized already, the state is another network's, or as many
+                averages as it had do not follow this one.
         """
         if self.history:
             raise PlanError("this network was resized already: load into a new Evolver")
-        for stored in state["events"]:
-            event = Event(**{**stored, "plan": Plan.from_json(stored["plan"])})
+        averages = state.get("averages", ())
+        if len(averages) != len(self.averages):
+            raise PlanError(
+                f"the state is of {len(averages)} averages, {len(self.averages)} follow: call "
+                "evolver.follow(...) for each of them first"
+            )
+        for event in map(restored, state["events"]):
             if not event.undone:
                 deps = analyze(self.model)
                 self._become(deps, event.plan, rewrite(deps, event.plan))
             self.history.append(event)
+        for average, numbers in zip(self.averages, averages, strict=True):
+            average.load_state_dict(numbers)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
 
-    def _become(self, deps: Dependencies, plan: Plan, wanted: fx.GraphModule) -> None:
+    def _become(
+        self, deps: Dependencies, plan: Plan, wanted: fx.GraphModule, options: Pass | None = None
+    ) -> None:
+        inputs = self.example_inputs if self.verify and options is not None else None
+        held = [averaged_network(average, self.model) for average in self.averages]
+        followed = [resized_average(graph, deps, plan, options, inputs) for graph in held]
         carry(self.optimizer, deps, plan, self.model, wanted)
         become(self.model, wanted)
-
-    @torch.no_grad()
-    def _judge(self, network: fx.GraphModule) -> float | None:
-        if self.loss is None:
-            return None
-        training = network.training
-        try:
-            own = float(self.loss(network.eval()))
-            return float(ranks.gathered([own]).mean())  # all ranks decide alike
-        finally:
-            network.train(training)
-
-    def _too_much(self, before: float | None, after: float | None) -> bool:
-        if before is None or after is None:
-            return False
-        return not after <= before + self.max_loss_increase * abs(before)
-
-
-def _without_numbers(plan: Plan, graph: fx.GraphModule) -> Plan:
-    """What a plan does to shapes: of its numbers, only biases that are new."""
-    names = {name for name, _ in graph.named_parameters(remove_duplicate=False)}
-    names |= {name for name, _ in graph.named_buffers(remove_duplicate=False)}
-    return replace(plan, values=tuple(v for v in plan.values if v.parameter not in names))
+        for graph, result in zip(held, followed, strict=True):
+            become(graph, result)

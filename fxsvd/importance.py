@@ -60,10 +60,21 @@ def _norms(graph: fx.GraphModule) -> Iterable[tuple[str, Tensor]]:
             yield f"{path}.weight", module.weight
 
 
-def taylor(deps: Dependencies, loss: Any, data: Iterable[Any] | None) -> Scores:
+def taylor(
+    deps: Dependencies,
+    loss: Any,
+    data: Iterable[Any] | None,
+    summed: Callable[[Tensor], Tensor] = torch.clone,
+) -> Scores:
     """First-order Taylor: |Σ w ∂L/∂w| per channel, gradients summed over the data.
 
     P. Molchanov et al., *Importance Estimation for Neural Network Pruning*, 2019, eq. 8.
+
+    Args:
+        deps: what ``fxsvd.analyze`` found.
+        loss: ``loss(output, target)``, a scalar.
+        data: batches ``(inputs, target)``.
+        summed: adds up a tensor over all processes, where each has a share of the data.
 
     Raises:
         PlanError: no loss or no data was given.
@@ -76,7 +87,12 @@ def taylor(deps: Dependencies, loss: Any, data: Iterable[Any] | None) -> Scores:
             gradient = gradients.get(id(known.value))
             return () if gradient is None else (known.value.detach(), gradient)
 
-        return np.abs(_summed(deps, entry))
+        own = np.append(_summed(deps, entry), len(gradients))
+    total = summed(torch.from_numpy(own)).numpy()
+    if not total[-1]:
+        raise PlanError("criterion='taylor' got no batch from its data")
+    out: Scores = np.abs(total[:-1])
+    return out
 
 
 @contextmanager
@@ -96,8 +112,6 @@ def _gradients(graph: fx.GraphModule, loss: Any, data: Iterable[Any]) -> Any:
                     sums[id(p)] = sums[id(p)] + g if id(p) in sums else g
     finally:
         graph.train(training)
-    if not sums:
-        raise PlanError("criterion='taylor' got no batch from its data")
     yield sums
 
 

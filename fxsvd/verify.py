@@ -147,11 +147,14 @@ def _identical(a: Tensor, b: Tensor) -> bool:
 
 
 def _values(deps: Dependencies, perturbed: bool) -> reference.Values:
-    """All parameters and buffers in float64; constant ones perturbed, upwards (variances too)."""
+    """Copies of all parameters and buffers, in float64: train mode overwrites some.
+
+    Constant ones are perturbed, upwards (variances too).
+    """
     generator = torch.Generator().manual_seed(0)
     values = {}
     for key, known in deps.analysis.parameters.items():
-        value = known.value.detach()
+        value = known.value.detach().clone()
         if value.is_floating_point():
             value = value.double()
             if perturbed and value.numel() and bool((value == value.flatten()[0]).all()):

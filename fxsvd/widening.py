@@ -4,6 +4,8 @@ A copy lies beside its original. In a dimension where a channel has several neig
 (all pixels of it, behind a flatten), the copy of them all lies behind them all. By the invariant of
 ``fxsvd.axes`` (what narrows keeps its order, or was tied), every op between two tensors then sees
 them laid out alike.
+
+A head that is copied whole counts as one channel: its features lie side by side wherever it does.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from fxsvd.axes import Block, Shape, TensorType
 from fxsvd.dependency import Dependencies
 from fxsvd.edits import Plan
 from fxsvd.errors import PlanError
+from fxsvd.heads import HeadGroup, by_heads
 from fxsvd.narrowing import Mask, Narrowing, meant
 from fxsvd.relations import Atoms
 
@@ -49,7 +52,7 @@ class Widening:
     """How often each channel is there, and the parameters that get new numbers.
 
     Attributes:
-        of: the channel of each atom.
+        of: the channel of each atom (of those in a head that grows whole, its first).
         counts: how often each channel is there afterwards, at least once.
         values: new numbers by the parameter's first name, in its shape before or afterwards.
         biases: none; as in ``Narrowing``.
@@ -68,13 +71,18 @@ class Widening:
             PlanError: the plan does not fit the network, or narrows some space as well.
         """
         counts = np.ones(deps.channels.count, dtype=np.int64)
+        rows = np.zeros(deps.channels.count, dtype=bool)
         spaces = {space.name: space for space in deps.spaces}
         for edit in plan.edits:
             space = meant(edit, spaces)
             counts[space.channels] = np.bincount(edit.keep, minlength=space.width)
+            rows[space.channels] = list(edit.keep) != sorted(edit.keep)
             if not counts[space.channels].all():
                 raise PlanError(f"a plan narrows or widens: make two stages of it for {edit.space}")
-        out = cls(deps.channels.of, counts, {v.parameter: v.value for v in plan.values})
+        whole = whole_heads(deps, rows)
+        if ((counts != counts[whole]) & (deps.space_of >= 0)).any():
+            raise PlanError("the plan copies a part of a head: copy all of it, or features of each")
+        out = cls(whole[deps.channels.of], counts, {v.parameter: v.value for v in plan.values})
         known = {p.names[0]: p for p in deps.analysis.parameters.values()}
         for name, value in out.values.items():
             there = known.get(name)
@@ -160,6 +168,39 @@ class Widening:
 
     def _copies(self, block: Block) -> bool:
         return bool((self.counts[self.of[block.atoms]] > 1).any())
+
+
+def whole_heads(deps: Dependencies, rows: Mask) -> Atoms:
+    """By channel, itself; of heads that are copied whole, the first of all that they consist of.
+
+    Args:
+        deps: what ``fxsvd.analyze`` found.
+        rows: channels; a head is copied whole where any of its own is among them.
+
+    >>> from torch import nn
+    >>> from fxsvd.capture import capture
+    >>> from fxsvd.dependency import analyze
+    >>> net, x = nn.MultiheadAttention(4, 2, batch_first=True), torch.zeros(2, 3, 4)
+    >>> deps = analyze(capture(net, {"query": x, "key": x, "value": x, "need_weights": False}))
+    >>> whole = whole_heads(deps, np.full(deps.channels.count, True))
+    >>> whole[deps.spaces[0].channels]
+    array([0, 0, 2, 2])
+    """
+    out = np.arange(deps.channels.count)
+    inside = np.zeros(deps.channels.count, dtype=bool)
+    groups = by_heads(deps) if rows.any() else []
+    for head in (h for group in groups if isinstance(group, HeadGroup) for h in group.heads):
+        if rows[head].any():
+            out[head], inside[head] = head[0], True
+    before = -1
+    while inside.sum() != before:  # what counts the rows of heads, and what counts those
+        before = inside.sum()
+        for parents, children in deps.analysis.relations.nests:
+            below = deps.channels.of[children]
+            one = inside[below].all(axis=1) & (out[below] == out[below[:, :1]]).all(axis=1)
+            above = deps.channels.of[parents[one]]
+            out[above], inside[above] = out[below[one, 0]], True
+    return out
 
 
 Resizing = Narrowing | Widening

@@ -55,6 +55,9 @@ class Factorize:
             ``cr`` whatever loses least of the first three, else ``"channel"``.
         split: ``"source"`` puts the singular values into the first part, ``"balanced"`` shares
             them out, which trains better.
+        chaining: ``"parallel"``: every layer is fitted to the inputs that the original gives it;
+            ``"top-down"``: to those that the factorised network gives it, layer by layer, at the
+            same ranks (only ``"svd"`` by channel, on data; all batches are held).
         last: also the network's last layers.
         data_aware: fit to data. None: where data is given. False: by the weights alone.
         rounding: of the rank that ``cr`` gives: ``"down"`` keeps the promise, ``"up"`` is what the
@@ -67,7 +70,7 @@ class Factorize:
             where a layer has very many.
         seed: of all that is drawn.
         known: a dictionary that keeps decompositions: give the same one to try further ranks and
-            methods on the same network and data.
+            methods on the same network, data and loss.
 
     Raises:
         PlanError: an option is out of range.
@@ -83,6 +86,7 @@ class Factorize:
     method: str = "svd"
     kernel: Literal["auto", "channel", "spatial", "tucker", "cp"] = "auto"
     split: Literal["source", "balanced"] = "source"
+    chaining: Literal["parallel", "top-down"] = "parallel"
     last: bool = False
     data_aware: bool | None = None
     rounding: Literal["down", "up"] = "down"
@@ -105,6 +109,7 @@ class Factorize:
             "method": METHODS,
             "kernel": ("auto", *KINDS),
             "split": ("source", "balanced"),
+            "chaining": ("parallel", "top-down"),
             "rounding": ("down", "up"),
         }
         for name, known in choices.items():
@@ -124,6 +129,10 @@ class Factorize:
             )
         if self.method == "gradient" and self.data_aware is False:
             raise PlanError("method='gradient' fits to data: leave data_aware out")
+        if self.chaining == "top-down" and self.method != "svd":
+            raise PlanError(f"method={self.method!r} fits layers by themselves: leave chaining out")
+        if self.chaining == "top-down" and self.kernel not in ("auto", "channel"):
+            raise PlanError("chaining='top-down' splits by channel: leave kernel at 'auto'")
 
     @property
     def _goal(self) -> Literal["cr", "rank", "energy", "error"]:
@@ -138,7 +147,8 @@ class Factorize:
 
         Args:
             deps: what ``fxsvd.analyze`` found.
-            data: batches of inputs, read once for splits by channel and twice for others.
+            data: batches of inputs, read once for splits by channel, and twice for others and
+                top-down.
             say: is told how far it is.
 
         Raises:
@@ -146,6 +156,11 @@ class Factorize:
         """
         require_numbers(deps)
         batches = data if data is not None else self.data
+        if self.chaining == "top-down" and (batches is None or self.data_aware is False):
+            raise PlanError(
+                "chaining='top-down' fits to activations: give compile(…, data=batches), and leave "
+                "data_aware out"
+            )
         if self.data_aware and batches is None:
             raise PlanError("data_aware=True fits to activations: give compile(…, data=batches)")
         graph = deps.analysis.graph
@@ -189,6 +204,7 @@ class Factorize:
             method=self.method,
             kernel=self.kernel,
             balanced=self.split == "balanced",
+            top_down=self.chaining == "top-down",
             loss=self.loss,
             labelled=self.data,
             positions=self.positions,

@@ -14,6 +14,7 @@ import numpy as np
 
 from fxsvd import importance
 from fxsvd.coupling import Group
+from fxsvd.data import ranks
 from fxsvd.data.batches import Data
 from fxsvd.dead import Dead, dead_channels
 from fxsvd.dependency import Dependencies
@@ -128,7 +129,7 @@ class Prune:
         if self.criterion == "bn":
             return importance.norm_scale(deps)
         if self.criterion == "taylor":
-            return importance.taylor(deps, self.loss, self.data)
+            return importance.taylor(deps, self.loss, self.data, ranks.summed)
         if self.criterion == "random":
             return importance.random(deps, self.seed)
         return importance.magnitude(deps, 1 if self.criterion == "l1" else 2)

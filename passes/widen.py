@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,17 +13,25 @@ from fxsvd.data.batches import Data
 from fxsvd.dependency import Dependencies
 from fxsvd.edits import Plan
 from fxsvd.errors import PlanError
-from fxsvd.growing.obstacles import obstacles
+from fxsvd.growing.ends import opened
+from fxsvd.growing.gradients import Prospects, prospects
+from fxsvd.growing.inrows import in_heads, in_rows
+from fxsvd.growing.ledger import Axis
+from fxsvd.growing.marks import Mark
+from fxsvd.growing.obstacles import obstacles, passable
 from fxsvd.growing.pairs import paired
+from fxsvd.growing.streams import Marks, normed_streams
 from fxsvd.growing.values import Growth, Init
+from fxsvd.heads import by_heads
 from fxsvd.importance import magnitude, require_numbers
 from fxsvd.naming import Names
 from fxsvd.narrowing import Mask
 from fxsvd.progress import Say, quiet
-from fxsvd.widening import Counts, Widening
+from fxsvd.relations import Atoms
+from fxsvd.widening import Counts, Widening, whole_heads
 from fxsvd.widths import Ratio, Widths, as_plan, wanted_numbers
 
-INITS = ("orthogonal", "split")
+INITS = ("orthogonal", "split", "gradient")
 
 
 @dataclass(frozen=True)
@@ -30,8 +39,9 @@ class Widen:
     """Give spaces more channels without changing what the network computes, to train it further.
 
     Every channel is copied at most as often as another one, those of large weights first; a copy
-    lies beside its original. Spaces that a norm or statistic runs over (layer norm, group norm)
-    can only be split, and only all of them as often.
+    lies beside its original. Where layer or RMS norms run over a residual stream, all that writes
+    it is scaled such that they see the variance that they saw (``fxsvd.growing.streams``). Other
+    spaces that a norm or statistic runs over can only be split, and only all of them as often.
 
     Args:
         ratio: how many channels come, relative to those that are there: 0.5 adds half again. For
@@ -39,13 +49,19 @@ class Widen:
         to: the width instead, likewise.
         init: ``"orthogonal"``: new rows orthogonal to those that are there, read by nobody yet
             (J. Dejaegher, *SVD evolutive CNN*, 2021, corrected to change nothing); ``"split"``:
-            copies that share out what reads their original (Net2Net, Chen et al. 2016).
+            copies that share out what reads their original (Net2Net, Chen et al. 2016);
+            ``"gradient"``: new channels that write zeros, read such that the gradient in them is
+            largest (GradMax, Evci et al. 2022; see ``fxsvd.growing.gradients``), where nothing but
+            what makes zeros of zeros lies between linear layers or convolutions.
         only: names, glob patterns or modules; a space is meant by any of its producers.
         ignore: likewise, spaces that stay.
         seed: of what is drawn.
+        heads: copy whole attention heads instead of features inside every head.
+        loss: for ``"gradient"``: ``loss(output, target)``.
+        data: for ``"gradient"``: batches ``(inputs, target)``, the more the better.
 
     Raises:
-        PlanError: an option is out of range.
+        PlanError: an option is out of range, or ``"gradient"`` lacks its loss or data.
 
     >>> Widen(ratio=0.5).init
     'orthogonal'
@@ -57,12 +73,19 @@ class Widen:
     only: Names = ()
     ignore: Names = ()
     seed: int = 0
+    heads: bool = False
+    loss: Any = None
+    data: Iterable[Any] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if (self.ratio is None) == (self.to is None):
             raise PlanError("give Widen either ratio= or to=")
         if self.init not in INITS:
             raise PlanError(f"there is no init {self.init!r}; there are {INITS}")
+        if self.init == "gradient" and (self.loss is None or self.data is None):
+            raise PlanError("init='gradient' needs loss=(output, target) and data=batches")
+        if self.init == "gradient" and self.heads:
+            raise PlanError("init='gradient' grows features, not heads")
         given = self._given
         for number in given.values() if isinstance(given, Mapping) else (given,):
             if not number >= 0 or (self.to is not None and number != int(number)):
@@ -79,51 +102,105 @@ class Widen:
 
         Args:
             deps: what ``fxsvd.analyze`` found.
-            data: not needed.
+            data: not needed (``"gradient"`` has labelled data of its own).
             say: not needed.
 
         Raises:
-            PlanError: a name means nothing, or a weight is not finite.
+            PlanError: a name means nothing, a weight is not finite, or there is no batch.
         """
         require_numbers(deps)
         option = "ratio" if self.to is None else "to"
         numbers, why = wanted_numbers(deps, self._given, self.only, self.ignore, option)
-        pairs = paired(deps)
-        counts = self._counts(deps, numbers)
-        why |= _settle(deps, counts, pairs, ~pairs & (self.init == "split"))
+        whole = self._whole(deps)
+        pairs = paired(deps) & ~in_heads(whole)  # the product over a copied head is its own
+        counts = self._counts(deps, numbers, whole)
+        marks = self._settle(deps, counts, pairs, whole, why)
+        found = self._prospects(deps, counts, why) if self.init == "gradient" else None
         plan = as_plan(deps, counts, why, "its goal or coupling adds nothing")
         generator = torch.Generator().manual_seed(self.seed)
-        growth = Growth(deps, Widening(deps.channels.of, counts), pairs, self.init, generator)
+        plan = replace(plan, edits=tuple(in_rows(deps, edit, whole) for edit in plan.edits))
+        widening = Widening(whole[deps.channels.of], counts)
+        if found is not None:
+            given = [(p.ends, p.first(_more(counts, p), generator)) for p in found]
+            return replace(plan, values=tuple(opened(widening, given)), exact=True)
+        growth = Growth(deps, widening, pairs, self.init, generator, marks)
         return replace(plan, values=tuple(growth.assigns()), exact=True)
 
-    def _counts(self, deps: Dependencies, numbers: np.ndarray) -> Counts:
+    def _settle(
+        self, deps: Dependencies, counts: Counts, pairs: Mask, whole: Atoms, why: dict[int, str]
+    ) -> dict[Axis, Mark]:
+        """Let stay what cannot grow; what becomes of the streams that norms run over."""
+        alike = ~pairs & (self.init == "split")
+        streams: dict[int, Marks] = {}
+        refused: dict[int, str] = {}
+        if self.init == "orthogonal":
+            streams, refused = normed_streams(deps, passable(deps, counts, alike))
+        why |= _settle(deps, counts, pairs, alike, streams, whole)
+        why |= {i: f"{why[i]}; {reason}" for i, reason in refused.items() if i in why}
+        return {axis: mark for marks in streams.values() for axis, mark in marks.items()}
+
+    def _prospects(
+        self, deps: Dependencies, counts: Counts, why: dict[int, str]
+    ) -> list[Prospects]:
+        """Of the spaces that grow; let others stay that would if they were known."""
+        out = []
+        for i, space in enumerate(deps.spaces):
+            if (counts[space.channels] > 1).any():
+                found = prospects(deps, space, self.loss, self.data or ())
+                if isinstance(found, Prospects):
+                    out.append(found)
+                else:
+                    why[i] = found
+                    counts[space.channels] = 1
+        return out
+
+    def _whole(self, deps: Dependencies) -> Atoms:
+        """By channel, itself, or the first of a head that is copied whole."""
+        return whole_heads(deps, np.full(deps.channels.count, self.heads))
+
+    def _counts(self, deps: Dependencies, numbers: np.ndarray, whole: Atoms) -> Counts:
         """How often each channel is to be there."""
         counts = np.ones(deps.channels.count, dtype=np.int64)
         have = np.array([space.width for space in deps.spaces] + [1])
         more = numbers if self.to is None else np.maximum(numbers / have - 1, 0) * (numbers > 0)
         scores = -magnitude(deps, 2)
-        for group in deps.groups:
+        for group in by_heads(deps) if self.heads else deps.groups:
             steps = group.ranked(scores)
             extra = int(float(more[deps.space_of[group.channels]].min()) * len(steps) + 0.5)
             counts[group.channels] += extra // len(steps)
             for channels in steps[: extra % len(steps)]:
                 counts[channels] += 1
-        return counts
+        return counts[whole]
 
 
-def _settle(deps: Dependencies, counts: Counts, pairs: Mask, alike: Mask) -> dict[int, str]:
+def _more(counts: Counts, found: Prospects) -> int:
+    """How many channels a space gets."""
+    return int((counts[found.ends.space.channels] - 1).sum())
+
+
+def _settle(
+    deps: Dependencies,
+    counts: Counts,
+    pairs: Mask,
+    alike: Mask,
+    streams: Collection[int],
+    whole: Atoms,
+) -> dict[int, str]:
     """Let groups stay whose copies something would notice; by space, what it is."""
     why: dict[int, str] = {}
-    unread = _unread(deps, pairs)
+    rows = in_heads(whole)
+    groups = by_heads(deps) if rows.any() else deps.groups
+    unread = {c: reason for c, reason in _unread(deps, pairs).items() if not rows[c]}
     while met := {
-        channel: reason
-        for channel, reason in (unread | obstacles(deps, counts, alike)).items()
+        int(whole[channel]): reason
+        for channel, reason in (unread | obstacles(deps, counts, alike, streams)).items()
         if counts[channel] > 1
     }:
-        for group in deps.groups:
-            reason = next((met[c] for c in group.channels.tolist() if c in met), None)
+        for group in groups:
+            reason = next((met[c] for c in whole[group.channels].tolist() if c in met), None)
             if reason is not None:
                 counts[group.channels] = 1
+                counts[:] = counts[whole]
                 why |= dict.fromkeys(deps.space_of[group.channels].tolist(), reason)
     return why
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxsvd
+from fxsvd.edits import Assign, Plan, Remap
 from fxsvd.errors import FxsvdError, PlanError
 from fxsvd.evolving.spectra import spectrum
 from fxsvd.passes import Factorize, Prune, Select, Widen
@@ -21,6 +23,15 @@ OPTIMIZERS = {
     "adam": lambda p: torch.optim.Adam(p, lr=1e-2, amsgrad=True),
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.5, centered=True),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, nesterov=True),
+    "adam, foreach": lambda p: torch.optim.Adam(p, lr=1e-2, foreach=True),
+    "adamw, fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=5e-3),
+    "radam": lambda p: torch.optim.RAdam(p, lr=1e-2),
+    "adamax": lambda p: torch.optim.Adamax(p, lr=1e-2),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2, initial_accumulator_value=0.1),
+    "adadelta": lambda p: torch.optim.Adadelta(p, lr=0.5),
+    "rprop": lambda p: torch.optim.Rprop(p, lr=1e-3),
 }
 
 
@@ -265,7 +276,7 @@ def thinness(net: nn.Module) -> float:
     return 1 / int(stem.out_channels)
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adam"])
+@pytest.mark.parametrize("kind", ["sgd", "adam", "adagrad"])
 def test_killed_and_resumed_training_goes_on_to_the_last_bit(kind: str, tmp_path: Path) -> None:
     passes = {
         2: (Widen(ratio=0.5),),
@@ -296,3 +307,257 @@ def test_killed_and_resumed_training_goes_on_to_the_last_bit(kind: str, tmp_path
     assert all(torch.equal(state[key], expected[key]) for key in expected)
     with pytest.raises(PlanError, match="resized already"):
         again.load_state_dict(evolver.state_dict())
+
+
+SCHEDULES = {
+    "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.05, total_steps=20),
+    "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 20),
+    "lambda": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.9**step),
+    "one after the other": lambda o: torch.optim.lr_scheduler.SequentialLR(
+        o,
+        [
+            torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=4),
+            torch.optim.lr_scheduler.ExponentialLR(o, 0.9),
+        ],
+        [4],
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The epoch parameter:UserWarning")  # SequentialLR's own
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_rates_follow_their_schedule_through_a_resize(name: str) -> None:
+    (evolver, optimizer), (control, other) = made("nesterov"), made("nesterov")
+    schedules = [SCHEDULES[name](o) for o in (optimizer, other)]
+    train(evolver.model, optimizer, range(1, 6), schedules[0])
+    train(control.model, other, range(1, 6), schedules[1])
+    evolver.resize(Prune(criterion="dead", ratio=0.5))
+    for step in range(6, 18):
+        train(evolver.model, optimizer, range(step, step + 1), schedules[0])
+        train(control.model, other, range(step, step + 1), schedules[1])
+        options = ("lr", "momentum")
+        for key in options:
+            assert optimizer.param_groups[0][key] == other.param_groups[0][key]
+    alive = [i for i in range(8) if i % 3]
+    expected = control.model.a.weight[alive]
+    assert torch.allclose(evolver.model.a.weight, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_gradient_scaler_goes_on() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    evolver = fxsvd.Evolver(net, torch.randn(2, 4), optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+    x = torch.randn(16, 4)
+    losses = []
+    for step in range(12):
+        if step == 4:
+            evolver.resize(Widen(ratio=0.5))
+        if step == 8:
+            evolver.resize(Prune(0.25))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = F.cross_entropy(evolver.model(x), (x.sum(1) > 0).long())
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(evolver.model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(float(loss.detach()))
+    assert scaler.get_scale() == 2.0**14
+    assert losses[7] < losses[3] < losses[0]
+    assert [len(optimizer.state[p]) for p in evolver.model.parameters()] == [3] * 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        (torch.optim.LBFGS, "its history is of all parameters in one vector"),
+        (torch.optim.Adafactor, "it remembers rows and columns, not numbers"),
+        (torch.optim.ASGD, "let an AveragedModel do that"),
+    ],
+)
+def test_optimizers_whose_memory_cannot_be_resized_are_refused(kind: Any, why: str) -> None:
+    net = Residual().double()
+    with pytest.raises(FxsvdError, match=f"{kind.__name__} cannot be resized: .*{why}"):
+        fxsvd.Evolver(net, batch(0)[0], kind(net.parameters()))
+
+
+def test_memory_of_a_shape_of_its_own_is_refused_before_anything_changes() -> None:
+    evolver, optimizer = made("sgd")
+    train(evolver.model, optimizer, range(2))
+    optimizer.state[evolver.model.a.weight]["row_var"] = torch.zeros(8, 1, 1, 1)
+    shapes = [p.shape for p in evolver.model.parameters()]
+    with pytest.raises(FxsvdError, match=r"`row_var` of shape \[8, 1, 1, 1\] for `a.weight`"):
+        evolver.resize(Prune(0.5))
+    assert [p.shape for p in evolver.model.parameters()] == shapes
+    train(evolver.model, optimizer, range(2, 4))
+
+
+def linear_net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 2)).double()
+
+
+def step_of(evolver: fxsvd.Evolver, *optimizers: Any) -> None:
+    x = torch.randn(8, 6).double()
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    F.cross_entropy(evolver.model(x), (x.sum(1) > 0).long()).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+def test_muon_goes_on_with_matrices_and_is_given_nothing_else() -> None:
+    net = linear_net()
+    weights: list[Any] = [net.get_parameter(f"{i}.weight") for i in (0, 2)]
+    optimizer = torch.optim.Muon(weights, lr=0.01)
+    evolver = fxsvd.Evolver(net, torch.randn(2, 6).double(), optimizer)
+    step_of(evolver, optimizer)
+    old = optimizer.state[weights[1]]["momentum_buffer"].clone()
+    (edit,) = evolver.resize(Prune(0.5)).plan.edits
+    new = optimizer.state[evolver.model.get_parameter("2.weight")]["momentum_buffer"]
+    assert torch.equal(new, old[:, list(edit.keep)])
+    evolver.resize(Factorize(rank={"0": 2}))
+    assert len(optimizer.param_groups[0]["params"]) == 3
+    step_of(evolver, optimizer)
+    with pytest.raises(FxsvdError, match="Muon trains matrices only"):
+        evolver.resize(Factorize(rank={"2": 1}, last=True))
+    step_of(evolver, optimizer)
+
+
+@pytest.mark.parametrize("kind", ["adagrad", "adam"])
+def test_what_is_new_joins_the_group_of_what_it_stands_for(kind: str) -> None:
+    net = linear_net()
+    weights = [p for p in net.parameters() if p.dim() == 2]
+    biases = [p for p in net.parameters() if p.dim() == 1]
+    groups: Any = [{"params": biases, "lr": 0.5}, {"params": weights}]
+    optimizer = OPTIMIZERS[kind](groups)
+    evolver = fxsvd.Evolver(net, torch.randn(2, 6).double(), optimizer)
+    step_of(evolver, optimizer)
+    evolver.resize(Factorize(rank={"2": 1}, last=True))
+    model = evolver.model
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [
+        id(model.get_parameter("2.1.bias"))
+    ]
+    assert len(optimizer.param_groups[1]["params"]) == 3
+    step_of(evolver, optimizer)
+
+
+@dataclass(frozen=True)
+class Shift:
+    """Adds a bias to a layer without one."""
+
+    def propose(self, deps: Any, data: Any = None, say: Any = None) -> Plan:
+        return Plan(values=(Assign("0.bias", torch.ones(8).double(), "shifts"),))
+
+
+def test_a_bias_that_a_layer_gets_is_trained() -> None:
+    net = linear_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    evolver = fxsvd.Evolver(net, torch.randn(2, 6).double(), optimizer)
+    evolver.resize(Shift())
+    step_of(evolver, optimizer)
+    assert not bool((evolver.model.get_parameter("0.bias") == 1).any())
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(7, 6)
+        self.inner, self.back = nn.Linear(6, 8), nn.Linear(8, 6)
+        self.out = nn.Linear(6, 7, bias=False)
+        self.out.weight = self.words.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.back(self.inner(self.words(x)).tanh()))
+
+
+@pytest.mark.parametrize("options", [Prune(0.5), Widen(ratio=0.5)])
+def test_tied_weights_stay_tied_and_are_trained_once(options: Any) -> None:
+    net, x = Tied().double(), torch.randint(7, (4, 3), generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    evolver = fxsvd.Evolver(net, x, optimizer)
+    for _ in range(2):
+        optimizer.zero_grad()
+        evolver.model(x).square().mean().backward()
+        optimizer.step()
+        evolver.resize(options)
+    assert evolver.history
+    model: Any = evolver.model
+    assert model.out.weight is model.words.weight
+    assert len(optimizer.param_groups[0]["params"]) == 5
+    assert {p.shape for p in optimizer.state} == {p.shape for p in model.parameters()}
+
+
+@pytest.mark.parametrize("options", [Prune(0.5), Widen(ratio=0.5), Factorize(rank={"a": 1})])
+def test_a_frozen_layer_in_a_space_stays_frozen_and_out_of_the_optimizer(options: Any) -> None:
+    net = Residual().double().train()
+    net.a.requires_grad_(False)
+    optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=0.01)
+    evolver = fxsvd.Evolver(net, batch(0)[0], optimizer)
+    train(evolver.model, optimizer, range(2))
+    evolver.resize(options)
+    frozen = {name for name, p in evolver.model.named_parameters() if not p.requires_grad}
+    assert {name.partition(".")[0] for name in frozen} == {"a"}
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    trained = {id(p) for p in evolver.model.parameters() if p.requires_grad}
+    assert owned == trained
+    before = {name: evolver.model.get_parameter(name).clone() for name in frozen}
+    train(evolver.model, optimizer, range(2, 4))
+    assert all(torch.equal(evolver.model.get_parameter(n), v) for n, v in before.items())
+
+
+@dataclass(frozen=True)
+class Empty:
+    """Leaves nothing of a space."""
+
+    def propose(self, deps: Any, data: Any = None, say: Any = None) -> Plan:
+        return Plan((Remap("a", deps.space("a").width, ()),))
+
+
+def test_a_policy_that_empties_a_layer_is_refused_and_training_goes_on() -> None:
+    evolver, optimizer = made(policy=lambda network, step: (Prune(0.25, only="a"), Empty()))
+    train(evolver.model, optimizer, range(2))
+    with pytest.raises(PlanError, match="leaves 'a' without a channel"):
+        evolver.step(1)
+    assert [event.plan.edits[0].space for event in evolver.history] == ["a"]
+    assert evolver.model.a.weight.shape[0] == 6
+    train(evolver.model, optimizer, range(2, 4))
+
+
+@pytest.mark.parametrize("asked", [None, Prune(0.5), "prune", [Prune], [0.5], (None,)])
+def test_what_is_no_pass_is_refused_in_words(asked: Any) -> None:
+    evolver, optimizer = made(policy=lambda network, step: asked)
+    with pytest.raises(PlanError, match=r"a policy returns a sequence of passes|is no pass"):
+        evolver.step(1)
+    with pytest.raises(PlanError, match="is no pass"):
+        evolver.resize(Prune)  # type: ignore[arg-type]
+    assert not evolver.history
+    train(evolver.model, optimizer, range(2))
+
+
+@pytest.mark.parametrize("after", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_is_too_much(after: float) -> None:
+    losses = iter([1.0, after])
+    evolver, _ = made(loss=lambda network: next(losses), max_loss_increase=1e9)
+    event = evolver.resize(Prune(0.5))
+    assert event.undone
+    assert evolver.model.a.weight.shape[0] == 8
+
+
+def test_layers_keep_the_modes_that_they_are_in() -> None:
+    net = Residual().double().train()
+    net.norm.eval()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    evolver = fxsvd.Evolver(net, batch(0)[0], optimizer, loss=held_out)
+    statistics = evolver.model.norm.running_mean.clone()
+    evolver.resize(Prune(0.5, only="a"))
+    evolver.resize(Widen(ratio=0.5, only="a"))
+    assert evolver.model.training
+    assert evolver.model.b.training
+    assert not evolver.model.norm.training
+    train(evolver.model, optimizer, range(2))
+    assert torch.equal(evolver.model.norm.running_mean, statistics)

@@ -11,9 +11,11 @@ from fxsvd.dependency import analyze
 from fxsvd.edits import Left, Plan
 from fxsvd.errors import FxsvdError, PlanError
 from fxsvd.factoring.candidates import by_channel, by_kernel, weight_metrics
-from fxsvd.factoring.maps import METHODS, Metric, factored
+from fxsvd.factoring.maps import METHODS, Metric, factored, steep
 from fxsvd.factoring.outputs import Outputs
+from fxsvd.factoring.slopes import Slopes
 from fxsvd.factoring.splitting import KINDS, Shape
+from fxsvd.linalg.low_rank import RIDGES
 from fxsvd.passes import Factorize, Fold, Select
 from fxsvd.substitution import build
 
@@ -139,13 +141,127 @@ def test_in_the_gradient_metric_the_error_is_the_tail_of_the_weighted_spectrum()
     gradients = torch.randn(200, 12).double() @ torch.randn(12, 12).double()
     y = layer(x).detach()
     root = y - y.mean(0)
-    found = factored(layer.weight, Metric(root), 5, method="gradient", gradients=gradients)
+    seen = steep(Metric(root), Slopes.of(gradients))
+    found = factored(layer.weight, Metric(root), 5, method="gradient", slopes=seen)
     g = gradients.T @ gradients
     g = g + 1e-3 * g.diagonal().mean() * torch.eye(12)
     half = torch.linalg.cholesky(g)
     rest = (root - root @ found.pick.T @ found.left.T) @ half
     tail = torch.linalg.svdvals(root @ half)[5:]
     assert float(rest.square().sum()) == pytest.approx(float(tail.square().sum()), rel=1e-9)
+
+
+@pytest.mark.parametrize("rows", [3, 8, 50])
+def test_slopes_are_the_root_of_the_damped_moment_of_gradients(rows):
+    torch.manual_seed(0)
+    g, x = torch.randn(rows, 8).double(), torch.randn(5, 8).double()
+    moment = g.T @ g
+    moment = moment + 1e-3 * moment.diagonal().mean() * torch.eye(8).double()
+    slopes = Slopes.of(g)
+    assert (slopes.half(slopes.half(x)) - x @ moment).abs().max() < 1e-9
+    assert (slopes.inverse(slopes.half(x)) - x).abs().max() < 1e-9
+    flat = Slopes.of(torch.zeros(rows, 8).double())
+    assert torch.equal(flat.half(x), x)
+
+
+# ------------------------------------------------------------------ one layer after the other
+
+
+def perceptron(*between):
+    torch.manual_seed(0)
+    first, second, last = nn.Linear(10, 24), nn.Linear(24, 20), nn.Linear(20, 4)
+    return nn.Sequential(first, *between, second, nn.ReLU(), last).double()
+
+
+def by_hand(x, y, w, rank, ridges=RIDGES):
+    """Rows of outputs of the best layer of a rank, by least squares on all rows."""
+    centred, target = x - x.mean(0), y - y.mean(0)
+    weight = centred.square().sum(0)
+    best, least = None, torch.inf
+    for ridge in ridges:
+        inverse = torch.linalg.pinv(centred.T @ centred + ridge * weight.diag())
+        m = w + (inverse @ centred.T @ (target - centred @ w.T)).T
+        free = 1 - (1 + (centred @ inverse @ centred.T).trace()) / len(x)
+        score = (target - centred @ m.T).square().sum() / free.square()
+        if free > 0 and score < least:
+            best, least = m, score
+    u = torch.linalg.svd(centred @ best.T)[2][:rank]
+    return y.mean(0) + centred @ best.T @ u.T @ u
+
+
+@pytest.mark.parametrize("between", [(nn.ReLU(),), ()])
+@pytest.mark.parametrize("rows", [200, 15])
+def test_top_down_is_reduced_rank_regression_on_what_the_layer_gets(between, rows):
+    net, x = perceptron(*between), torch.randn(rows, 10).double()
+    first, second = net[0], net[1 + len(between)]
+    options = {"rank": 3, "split": "balanced", "chaining": "top-down"}
+    small = compiled(net, data=list(x.split(64)), x=x, **options)
+    with torch.no_grad():
+        y = first(x)
+        u = torch.linalg.svd(y - y.mean(0))[2][:3]
+        seen = y.mean(0) + (y - y.mean(0)) @ u.T @ u
+        for layer in between:
+            y, seen = layer(y), layer(seen)
+        target = second(y)
+        expected = by_hand(seen, target, second.weight, 3)
+        assert (small(x) - net[-2:](expected)).abs().max() < 1e-9
+    share = (expected - target).square().sum() / (target - target.mean(0)).square().sum()
+    site = small.report.sites[-1]
+    assert site.predicted == pytest.approx(float(share), rel=1e-9)
+    assert site.measured == pytest.approx(float(share), rel=1e-9)
+
+
+def test_top_down_predicts_what_is_measured_in_every_layer():
+    options = {"rank": 3, "last": True, "chaining": "top-down"}
+    small = compiled(convnet(), data=batches(), **options)
+    assert [site.layer for site in small.report.sites] == ["0", "2", "6", "8"]
+    for site in small.report.sites:
+        assert site.predicted == pytest.approx(site.measured, rel=1e-6)
+
+
+def test_top_down_loses_less_than_every_layer_by_itself():
+    lost = [
+        compiled(convnet(), data=batches(count=12), rank=3, chaining=c).report.sites[-1].measured
+        for c in ("parallel", "top-down")
+    ]
+    assert lost[1] < lost[0]
+
+
+def test_a_layer_that_gets_what_it_used_to_get_is_fitted_by_itself():
+    class Apart(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.out = nn.Linear(8, 9), nn.Linear(8, 9), nn.Linear(9, 2)
+
+        def forward(self, x):
+            return self.out(F.relu(self.a(x)) * self.b(x))
+
+    torch.manual_seed(0)
+    net, x = Apart().double(), torch.randn(40, 8).double()
+    pair = [
+        compiled(net, data=[x], x=x, rank=2, chaining=c).state_dict()
+        for c in ("parallel", "top-down")
+    ]
+    assert pair[0].keys() == pair[1].keys()
+    assert all(torch.equal(pair[0][n], pair[1][n]) for n in pair[0])
+
+
+def test_top_down_a_layer_called_twice_keeps_its_own_fit():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.out = nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.out(self.fc(F.relu(self.fc(x))))
+
+    torch.manual_seed(0)
+    net, x = Twice().double(), torch.randn(40, 8).double()
+    pair = [
+        compiled(net, data=[x], x=x, rank=2, chaining=c).get_parameter("fc.0.weight")
+        for c in ("parallel", "top-down")
+    ]
+    assert torch.equal(*pair)
 
 
 # ------------------------------------------------------------------------- statistics of outputs
@@ -347,6 +463,10 @@ def test_a_layer_called_twice_is_replaced_in_both_places():
         ({"cr": 2, "method": "qr", "kernel": "tucker"}, "splits by channel"),
         ({"energy": 0.5, "kernel": "cp"}, "no spectrum"),
         ({"cr": 2, "method": "gradient"}, "needs loss"),
+        ({"cr": 2, "chaining": "sideways"}, "no chaining 'sideways'"),
+        ({"cr": 2, "chaining": "top-down", "method": "qr"}, "fits layers by themselves"),
+        ({"cr": 2, "chaining": "top-down", "kernel": "tucker"}, "splits by channel"),
+        ({"cr": 2, "chaining": "top-down"}, r"give compile\(…, data=batches\)"),
         ({"cr": 2, "data_aware": True}, r"give compile\(…, data=batches\)"),
         ({"rank": {"0": 13}}, "rank 13 is above the 12 that 0 can have"),
         ({"rank": 13, "only": ("0",)}, "above the 12"),

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import nn
 from torch.nn import functional as F
 
@@ -11,7 +13,7 @@ from fxsvd.dependency import analyze
 from fxsvd.errors import PlanError
 from fxsvd.passes import Prune, Slice
 from fxsvd.rotating.streams import streams
-from fxsvd.rotating.turning import encoder, zero_sum_basis
+from fxsvd.rotating.turning import encoder, second_moments, zero_sum_basis
 
 
 class Block(nn.Module):
@@ -257,3 +259,25 @@ def test_bad_options_say_what_to_do():
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     plan = sliced(net, [torch.randn(2, 3)]).report.plan
     assert (plan.values, plan.edits, plan.exact) == ((), (), False)
+
+
+def moments_of(data):
+    torch.manual_seed(0)  # the positions
+    deps = analyze(capture(filled(Transformer()), tokens()[0]))
+    found, _ = streams(deps)
+    return second_moments(deps, found, data)
+
+
+def work(rank, store, out):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.save(moments_of(tokens()[rank::2]), f"{out}{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_see_the_second_moments_that_one_sees(tmp_path):
+    mp.spawn(work, (str(tmp_path / "store"), str(tmp_path / "out")), nprocs=2)
+    for rank in range(2):
+        for found, expected in zip(
+            torch.load(tmp_path / f"out{rank}.pt"), moments_of(tokens()), strict=True
+        ):
+            assert (found - expected).abs().max() < 1e-10 * expected.abs().max()

@@ -86,6 +86,18 @@ def test_train_mode_is_compared_too(case):
         verify_rewrite(deps, plan, small, X)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_verifying_leaves_every_number_of_the_original_as_it_was(dtype):
+    net, x = Net().to(dtype).train(), X.to(dtype)
+    net(x)  # statistics that differ from channel to channel
+    before = copy.deepcopy(net.state_dict())
+    plan = Prune(0.5, only="b")
+    small = fxsvd.compile(net, x, passes=[plan], progress=False)
+    assert small.b.out_channels == 3
+    after = net.state_dict()
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
 def test_public_verify_reads_the_plan_and_refuses_strangers():
     net = Net()
     small = fxsvd.compile(net, X, passes=[Prune(0.5)])

@@ -18,13 +18,13 @@ SEED = 0
 
 
 def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Every image ``n×1×h×w`` moved on its own, at random; zeros come in at the margins."""
+    """Every image ``n×c×h×w`` moved on its own, at random; zeros come in at the margins."""
     n, _, height, width = images.shape
-    padded = F.pad(images, (PIXELS,) * 4)[:, 0]
+    padded = F.pad(images, (PIXELS,) * 4)
     down, right = torch.randint(2 * PIXELS + 1, (2, n, 1, 1), generator=generator)
     rows = torch.arange(height).view(1, -1, 1) + down
     columns = torch.arange(width) + right
-    return padded[torch.arange(n).view(-1, 1, 1), rows, columns].unsqueeze(1)
+    return padded[torch.arange(n).view(-1, 1, 1), :, rows, columns].movedim(3, 1)
 
 
 def retrain(model: nn.Module, prepare: Prepare, labelled: Labelled, epochs: int) -> None:

@@ -50,6 +50,7 @@ REPORTED = {  # ratio: (rank of fc1, of fc2, accuracy on MNIST, on CIFAR-10); of
     },
 }
 DRAWN = ("linear-time", "leverage-score")
+SVDS = ("svd on data", "svd on data, top-down", "gradient on data", "svd")
 CURS = ("deim", "leverage", "qr", *DRAWN)
 
 
@@ -133,7 +134,7 @@ class Table:
 
 def wanted() -> Iterator[tuple[str, int, int, int, int]]:
     """Method, ratio, ranks and seed of every row, one decomposition after the other."""
-    for method in ("svd on data", "svd"):
+    for method in SVDS:
         for ratio, (fc1, fc2, *_) in REPORTED["svd"].items():
             yield method, ratio, fc1, fc2, 0
     for seed in range(SEEDS):
@@ -152,6 +153,7 @@ def compiled(net: nn.Module, seen: dict[str, Tensor], **options: Any) -> tuple[A
 def run(net: nn.Module, seen: dict[str, Tensor], table: Table) -> None:
     """Fill in what the table lacks."""
     calibration = list(seen["train"].split(250))
+    labelled = list(zip(calibration, seen["train labels"].split(250), strict=True))
     for method, ratio, fc1, fc2, seed in wanted():
         if (method, float(ratio), seed) in table.rows:
             continue
@@ -161,6 +163,9 @@ def run(net: nn.Module, seen: dict[str, Tensor], table: Table) -> None:
             rank={"fc1": fc1, "fc2": fc2},
             method=kind,
             data_aware=bool(on_data),
+            chaining="top-down" if on_data.endswith("top-down") else "parallel",
+            loss=nn.functional.cross_entropy if kind == "gradient" else None,
+            data=labelled if kind == "gradient" else None,
             seed=seed,
             known=KNOWN,
         )
@@ -198,7 +203,7 @@ def markdown(dataset: str, dense: float, table: Table) -> str:
         "| fc1 lost | fc2 lost |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for family, methods in (("svd", ("svd on data", "svd")), ("cur", (*CURS, "deim on data"))):
+    for family, methods in (("svd", SVDS), ("cur", (*CURS, "deim on data"))):
         for ratio, (fc1, fc2, *reported) in REPORTED[family].items():
             shown = f"{reported[column - 2]:.2f} %"
             names = methods if family == "svd" else ("svd on data", "svd", *methods)

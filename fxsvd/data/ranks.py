@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -62,6 +63,39 @@ def agreed(vote: bool) -> bool:
     (True, False)
     """
     return bool(gathered([float(vote)]).all())
+
+
+def alike(said: str) -> bool:
+    """Whether every rank says the same.
+
+    >>> alike("prune")
+    True
+    """
+    digest = hashlib.sha256(said.encode()).digest()
+    table = gathered([float(int.from_bytes(digest[i : i + 6], "big")) for i in (0, 6)])
+    return bool((table == table[0]).all())
+
+
+def of_first(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """What the first rank has in place of these tensors, bit by bit.
+
+    Args:
+        tensors: equally many of the same shapes and types on every rank; they are not changed.
+
+    >>> of_first([torch.ones(2)])
+    [tensor([1., 1.])]
+    """
+    own = [tensor.detach() for tensor in tensors]
+    if alone() or not own:
+        return own
+    raw = [t.to(_device()).contiguous().reshape(-1).view(torch.uint8) for t in own]  # any type
+    both = torch.cat(raw)
+    dist.broadcast(both, src=0)
+    parts = both.split([len(part) for part in raw])
+    return [
+        part.clone().view(t.dtype).reshape(t.shape).to(t.device)
+        for part, t in zip(parts, own, strict=True)
+    ]
 
 
 def _device() -> torch.device:

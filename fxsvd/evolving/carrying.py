@@ -21,16 +21,32 @@ from fxsvd.edits import Plan
 from fxsvd.errors import FxsvdError
 from fxsvd.widening import Resizing, Widening, resizing
 
-POWERS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf", "acc_delta")
+POWERS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf", "acc_delta", "step_size")
 """What optimizers of torch call running means, sums and maxima of squares or magnitudes."""
+
+REFUSED: dict[type[Optimizer], str] = {
+    torch.optim.LBFGS: "its history is of all parameters in one vector",
+    torch.optim.Adafactor: "it remembers rows and columns, not numbers",
+    torch.optim.ASGD: "it averages parameters; let an AveragedModel do that (see Evolver.follow)",
+}
 
 
 def require_owner(optimizer: Optimizer, graph: nn.Module) -> None:
     """Raise unless the optimizer trains parameters of the network, and those alone.
 
     Raises:
-        FxsvdError: it has parameters that are not the network's, or none of them.
+        FxsvdError: it has parameters that are not the network's, or none of them; or what it
+            remembers cannot be resized.
+
+    >>> net = nn.Linear(2, 3)
+    >>> require_owner(torch.optim.SGD(net.parameters()), net)
+    >>> require_owner(torch.optim.LBFGS(net.parameters()), net)
+    Traceback (most recent call last):
+    fxsvd.errors.FxsvdError: LBFGS cannot be resized: its history is of all parameters in one vector
     """
+    for kind, why in REFUSED.items():
+        if isinstance(optimizer, kind):
+            raise FxsvdError(f"{kind.__name__} cannot be resized: {why}")
     own = {id(p) for p in graph.parameters()}
     given = [p for group in optimizer.param_groups for p in group["params"]]
     strangers = sum(id(p) not in own for p in given)
@@ -46,8 +62,8 @@ def carry(
 ) -> None:
     """Let an optimizer train the parameters of a rewritten network in place of the old ones.
 
-    Options of parameter groups, and so schedulers, stay. Factors that take the place of a weight
-    join its group and start without a state.
+    Options of parameter groups, and so schedulers, stay. Factors that take the place of a weight,
+    and a bias that a layer gets, join its group and start without a state.
 
     Args:
         optimizer: of the old network; changed in place.
@@ -55,36 +71,79 @@ def carry(
         plan: what was done, one stage.
         old: the network before.
         new: the network after.
+
+    Raises:
+        FxsvdError: the optimizer remembers something that cannot be resized, or cannot train what
+            is new; it was not changed.
     """
+    names = {id(p): name for name, p in old.named_parameters()}
+    after = dict(new.named_parameters(remove_duplicate=False))
+    joining = _joining(optimizer, names, after)
+    _require_possible(optimizer, names, joining)
     how = resizing(deps, plan)
     known = {name: p for p in deps.analysis.parameters.values() for name in p.names}
-    successors, after = _names(old), dict(new.named_parameters(remove_duplicate=False))
-    taken = {id(after[name]) for name in successors.values() if name in after}
     for group in optimizer.param_groups:
         params: list[Any] = []
         for parameter in group["params"]:
-            name = successors[id(parameter)]
+            name = names[id(parameter)]
             state = optimizer.state.pop(parameter, None)
             if name in after:
                 params.append(after[name])
                 if state:
                     optimizer.state[after[name]] = _carried(state, parameter, known.get(name), how)
-            else:
-                params += _factors(name, after, taken)
+            params += joining.get(name, [])
         group["params"] = params
+        _begin(optimizer, group)
 
 
-def _names(graph: fx.GraphModule) -> dict[int, str]:
-    """By identity, the first name of each parameter."""
-    return {id(p): name for name, p in graph.named_parameters()}
+Joining = dict[str, list[nn.Parameter]]
 
 
-def _factors(gone: str, after: Mapping[str, nn.Parameter], taken: set[int]) -> list[nn.Parameter]:
-    """What stands in the place of a layer's parameter that is gone, if nothing else took it."""
-    layer = gone.rpartition(".")[0]
-    found = [p for n, p in after.items() if n.startswith(f"{layer}.") and id(p) not in taken]
-    taken.update(map(id, found))
-    return found
+def _joining(
+    optimizer: Optimizer, names: Mapping[int, str], after: Mapping[str, nn.Parameter]
+) -> Joining:
+    """Parameters that are new, by the name of the old one whose group they join.
+
+    That is the one of their own kind in the layer that they stand for, or its weight.
+    """
+    owned = {names[id(p)] for group in optimizer.param_groups for p in group["params"]}
+    stay = {id(after[name]) for name in names.values() if name in after}
+    out: Joining = {}
+    for name, parameter in after.items():
+        if id(parameter) in stay:
+            continue
+        stay.add(id(parameter))
+        layer, _, kind = name.rpartition(".")
+        homes = [f"{p}.{k}" for p in (layer, layer.rpartition(".")[0]) for k in (kind, "weight")]
+        home = next((h for h in homes if h in owned), None)
+        if home is not None:
+            out.setdefault(home, []).append(parameter)
+    return out
+
+
+def _require_possible(optimizer: Optimizer, names: Mapping[int, str], joining: Joining) -> None:
+    kind = type(optimizer).__name__
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            whole = isinstance(value, Tensor) and value.numel() > 1
+            if whole and value.shape != parameter.shape:
+                raise FxsvdError(
+                    f"{kind} remembers `{key}` of shape {list(value.shape)} for "
+                    f"`{names[id(parameter)]}` of shape {list(parameter.shape)}: nothing says how "
+                    "that is resized; use an optimizer that remembers a number per number"
+                )
+    if isinstance(optimizer, torch.optim.Muon):
+        for home, parameters in joining.items():
+            if any(p.dim() != 2 for p in parameters):
+                raise FxsvdError(f"Muon trains matrices only: it cannot have what replaces {home}")
+
+
+def _begin(optimizer: Optimizer, group: dict[str, Any]) -> None:
+    """What one optimizer wants to remember of parameters before it sees a gradient."""
+    fresh = [p for p in group["params"] if p not in optimizer.state]
+    if isinstance(optimizer, torch.optim.Adagrad) and fresh:
+        start = {name: group[name] for name in ("initial_accumulator_value", "fused")}
+        optimizer.state.update(torch.optim.Adagrad(fresh, **start).state)
 
 
 def _carried(
@@ -106,8 +165,23 @@ def _resized(key: str, value: Tensor, known: Parameter, how: Resizing) -> Tensor
     if not isinstance(how, Widening):
         return how.narrow(value, known.type)
     wide = how.spread(value, known.type)
-    for block in () if key in POWERS else known.type.blocks:
+    return wide if key in POWERS else wide.masked_fill(copies(how, known).to(wide.device), 0)
+
+
+def copies(how: Widening, known: Parameter) -> Tensor:
+    """Which numbers of a parameter are new, in its shape afterwards.
+
+    >>> from fxsvd.capture import capture
+    >>> from fxsvd.dependency import analyze
+    >>> from fxsvd.edits import Remap
+    >>> net = nn.Sequential(nn.Linear(1, 2), nn.Linear(2, 3))
+    >>> deps = analyze(capture(net, torch.zeros(2, 1)))
+    >>> how = Widening.by(deps, Plan((Remap("0", 2, (0, 1, 1)),)))
+    >>> copies(how, deps.analysis.by_name("0.bias"))
+    tensor([False, False,  True])
+    """
+    out = torch.zeros(how.shape(known.type), dtype=torch.bool)
+    for block in known.type.blocks:
         layout = how.layout(known.type, block)
-        copies = how.marked(known.type, layout, layout.rank > 0).to(wide.device)
-        wide = wide.masked_fill(copies, 0)
-    return wide
+        out |= how.marked(known.type, layout, layout.rank > 0)
+    return out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, fx
 
@@ -14,6 +14,32 @@ from fxsvd.errors import PlanError
 from fxsvd.evolving.spectra import spectrum
 from fxsvd.naming import Names, spaces_named
 from fxsvd.passes import Shrink, Widen
+
+
+def require_passes(asked: Any) -> Sequence[Pass]:
+    """What a policy asked for, if it is passes.
+
+    Raises:
+        PlanError: it is something else.
+
+    >>> require_passes([Shrink(0.5)])[0].ratio
+    0.5
+    >>> require_passes(Shrink(0.5))
+    Traceback (most recent call last):
+    fxsvd.errors.PlanError: a policy returns a sequence of passes, such as (Shrink(0.5),), or () ...
+    """
+    if not isinstance(asked, Sequence) or isinstance(asked, str):
+        raise PlanError(
+            "a policy returns a sequence of passes, such as (Shrink(0.5),), or () where there is "
+            f"nothing to do; it returned {asked!r}"
+        )
+    for options in asked:
+        if isinstance(options, type) or not callable(getattr(options, "propose", None)):
+            raise PlanError(
+                f"{options!r} is no pass: give an instance of one of fxsvd.passes, such as "
+                "Shrink(0.5), or of a class that has its `propose`"
+            )
+    return asked
 
 
 @dataclass(frozen=True)
@@ -81,7 +107,9 @@ class Spectral:
         more: dict[str, int] = {}
         for i, space in enumerate(deps.spaces):
             if space.frozen is None and i not in ignored:
-                self._decide(space, spectrum(deps, space), fewer, more)
+                values = spectrum(deps, space)
+                if len(values) and not bool(values.isnan().any()):
+                    self._decide(space, values, fewer, more)
         out: list[Pass] = [Shrink(ratio=fewer, only=self.only)] if fewer else []
         return [*out, Widen(to=more, only=self.only)] if more else out
 

@@ -98,13 +98,6 @@ def by_channel(
     >>> by_channel(layer, [Map(one.T, one, zero)], None, None).rank
     (1,)
     """
-    kernel = reader.weight.value.shape[2:]
-    ones = [1] * len(kernel)
-    first = torch.cat([m.right for m in maps])
-    last = torch.cat([m.left for m in maps])
-    rank = maps[0].rank
-    into = first.shape[1] // math.prod(kernel)
-    kernels = (first.reshape(-1, into, *kernel), last.reshape(-1, rank, *ones))
     bias = _own_bias(reader)
     if mean is not None:
         own = torch.zeros_like(mean) if bias is None else bias.reshape(mean.shape)
@@ -112,7 +105,28 @@ def by_channel(
         bias = (own + torch.stack(moved)).flatten()
     error = _lost(maps, metrics) if metrics else 0.0
     predicted = error if mean is not None else None
-    return Candidate(reader, "channel", (rank,), kernels, bias, error, predicted)
+    kernels = stacked(reader, maps)
+    return Candidate(reader, "channel", (maps[0].rank,), kernels, bias, error, predicted)
+
+
+def stacked(reader: Reader, maps: Sequence[Map]) -> tuple[Tensor, Tensor]:
+    """The kernels of a split by channel, from the factors of every group.
+
+    >>> from fxsvd.folding.plain import reader_of
+    >>> from torch import nn
+    >>> layer = reader_of(nn.Conv1d(3, 2, 5), torch.zeros(2, 3, 9))
+    >>> one = torch.ones(2, 1)
+    >>> [list(k.shape) for k in stacked(layer, [Map(one, one.T, torch.zeros(1, 15))])]
+    [[1, 3, 5], [2, 1, 1]]
+    """
+    kernel = reader.weight.value.shape[2:]
+    first = torch.cat([m.right for m in maps])
+    last = torch.cat([m.left for m in maps])
+    into = first.shape[1] // math.prod(kernel)
+    return (
+        first.reshape(-1, into, *kernel),
+        last.reshape(-1, maps[0].rank, *(1 for _ in kernel)),
+    )
 
 
 def _lost(maps: Sequence[Map], metrics: Sequence[Metric]) -> float:

@@ -15,13 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fxsvd.factoring.slopes import Slopes
 from fxsvd.linalg.cur import METHODS as CURS
 from fxsvd.linalg.interpolation import best_left, fit_rows, pivoted_qr
 from fxsvd.linalg.svd import finite_matrix, truncated_svd
 
 METHODS = ("svd", "gradient", *CURS)
-DAMPING = 1e-3
-"""Added to the second moment of gradients, relative to its mean: no direction counts as nothing."""
 
 
 class Map(NamedTuple):
@@ -131,28 +130,34 @@ def principal(w: Tensor, metric: Metric, rank: int) -> Map:
     return Map(u, u.T, u.T @ w)
 
 
-def weighted(w: Tensor, metric: Metric, gradients: Tensor, rank: int) -> Map:
+def weighted(w: Tensor, slopes: Slopes, seen: Metric, rank: int) -> Map:
     """The map that loses least of the outputs as the loss sees them: E (y − ŷ)ᵀ G (y − ŷ).
 
     Args:
         w: the weight, m×n.
-        metric: of its outputs.
-        gradients: a root of G, ``[rows, m]``: gradients of the loss in the outputs, uncentred.
+        slopes: G^½.
+        seen: the metric of the outputs times that, see ``steep``.
         rank: k.
 
-    >>> metric, steep = Metric(torch.diag(torch.tensor([1.0, 2.0]))), torch.diag(torch.ones(2))
-    >>> steep[0, 0] = 9
-    >>> weighted(torch.eye(2), metric, steep, 1).right.abs().argmax().item()
+    >>> slopes = Slopes.of(torch.diag(torch.tensor([9.0, 1.0])))
+    >>> _, seen = steep(Metric(torch.diag(torch.tensor([1.0, 2.0]))), slopes)
+    >>> weighted(torch.eye(2), slopes, seen, 1).right.abs().argmax().item()
     0
     """
-    w, g = finite_matrix(w), finite_matrix(gradients)
-    moment = g.T @ g
-    damping = DAMPING * float(moment.diagonal().mean())
-    values, basis = torch.linalg.eigh(moment)
-    scale = (values.clamp(min=0) + (damping or 1.0)).sqrt()
-    half, inverse = (basis * scale) @ basis.T, (basis / scale) @ basis.T
-    found = principal(half @ w, Metric(metric.root.double() @ half), rank)
-    return Map(inverse @ found.left, found.pick @ half, found.right)
+    w, u = finite_matrix(w), seen.directions[:, :rank]
+    if u.shape[1] < rank:
+        u = principal(slopes.half(w.T).T, seen, rank).left
+    pick = slopes.half(u.T)
+    return Map(slopes.inverse(u.T).T, pick, pick @ w)
+
+
+def steep(metric: Metric, slopes: Slopes) -> tuple[Slopes, Metric]:
+    """For the method ``"gradient"``: G^½, and a metric of outputs times that.
+
+    >>> steep(Metric(torch.eye(2)), Slopes.of(torch.eye(2)))[1].spectrum.round(decimals=2).tolist()
+    [1.0, 1.0]
+    """
+    return slopes, Metric(slopes.half(metric.root.double()))
 
 
 def own_rows(w: Tensor, metric: Metric, rank: int, method: str, seed: int, on_data: bool) -> Map:
@@ -213,7 +218,7 @@ def factored(
     rank: int,
     *,
     method: str = "svd",
-    gradients: Tensor | None = None,
+    slopes: tuple[Slopes, Metric] | None = None,
     seed: int = 0,
     on_data: bool = False,
 ) -> Map:
@@ -224,7 +229,7 @@ def factored(
         metric: of its outputs.
         rank: k.
         method: one of ``METHODS``.
-        gradients: for ``"gradient"``.
+        slopes: for ``"gradient"``, see ``steep``.
         seed: for the methods that draw.
         on_data: whether the metric is of data, not of the weight itself.
 
@@ -234,6 +239,6 @@ def factored(
     if method == "svd":
         return principal(w, metric, rank)
     if method == "gradient":
-        assert gradients is not None  # collected by the pass
-        return weighted(w, metric, gradients, rank)
+        assert slopes is not None  # collected by the pass
+        return weighted(w, *slopes, rank)
     return own_rows(w, metric, rank, method, seed, on_data)

@@ -87,12 +87,17 @@ class Outputs:
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return self
         parts: list[Outputs | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, self)
+        dist.all_gather_object(parts, self._on("cpu"))  # every rank may have a device of its own
         out = Outputs()
         for part in parts:
             assert part is not None  # every rank gave one
             out.merge(part)
-        return out
+        return out if self.root is None else out._on(self.root.device)
+
+    def _on(self, device: torch.device | str) -> Outputs:
+        if self.mean is None or self.root is None:
+            return self
+        return Outputs(self.count, self.mean.to(device), self.root.to(device))
 
 
 def watch(
@@ -140,7 +145,7 @@ def watch(
             graph(*args, **kwargs)
             seen += samples((args, kwargs))
             say(f"watching outputs: {seen} samples")
-    return {key: _checked(key[0], outputs.reduced()) for key, outputs in found.items()}
+    return {key: checked(key[0], outputs.reduced()) for key, outputs in found.items()}
 
 
 def watch_gradients(
@@ -191,7 +196,7 @@ def watch_gradients(
             value = loss(graph(*args, **kwargs), target)
             wanted = [p for p in graph.parameters() if p.requires_grad]
             torch.autograd.grad(value, wanted, allow_unused=True)
-    return {layer: _uncentred(_checked(layer, out.reduced())) for layer, out in found.items()}
+    return {layer: _uncentred(checked(layer, out.reduced())) for layer, out in found.items()}
 
 
 def _uncentred(outputs: Outputs) -> Tensor:
@@ -201,7 +206,17 @@ def _uncentred(outputs: Outputs) -> Tensor:
     return torch.cat([outputs.root, mean], dim=1)
 
 
-def _checked(layer: str, outputs: Outputs) -> Outputs:
+def checked(layer: str, outputs: Outputs) -> Outputs:
+    """The outputs themselves.
+
+    Raises:
+        FxsvdError: there are none, or they are not finite.
+
+    >>> seen = Outputs()
+    >>> seen.add(torch.ones(5, 1, 2))
+    >>> checked("fc", seen) is seen
+    True
+    """
     if outputs.root is None:
         raise FxsvdError(f"the data has no batch that reaches {layer}: nothing can be fitted to it")
     if not bool(outputs.root.isfinite().all()):

@@ -19,9 +19,11 @@ from fxsvd.factoring.candidates import (
     refitted,
     weight_metrics,
 )
+from fxsvd.factoring.chained import chained
 from fxsvd.factoring.goals import Goal
-from fxsvd.factoring.maps import Metric, factored
+from fxsvd.factoring.maps import Metric, factored, steep
 from fxsvd.factoring.outputs import Outputs, watch, watch_gradients
+from fxsvd.factoring.slopes import Slopes
 from fxsvd.factoring.splitting import Rank, Shape
 from fxsvd.factoring.watching import output_watch, refit_watch
 from fxsvd.progress import Say, quiet
@@ -50,6 +52,7 @@ class Trials:
     method: str = "svd"
     kernel: str = "auto"
     balanced: bool = False
+    top_down: bool = False
     loss: Any = None
     labelled: Iterable[Any] | None = None
     positions: Positions = "auto"
@@ -71,11 +74,12 @@ class Trials:
         trying = {n: r for n, r in wanted.items() if self._kinds(r)}
         if data is not None:
             self._watch_outputs(trying, data)
-        slopes = self._gradients(trying) if self.method == "gradient" else {}
+        if self.method == "gradient":
+            self._watch_gradients(trying)
         found: list[Candidate] = []
         for name, reader in trying.items():
             self.say(f"factorizing {name}")
-            found += self._candidates(reader, slopes.get(name))
+            found += self._candidates(reader)
         if self.on_data and data is not None:
             found = self._refitted(found, data)
         best: dict[str, Candidate] = {}
@@ -83,13 +87,14 @@ class Trials:
             layer = candidate.reader.layer
             if layer not in best or candidate.error < best[layer].error:
                 best[layer] = candidate
-        return list(best.values())
+        return list(self._chained(best, data).values())
 
     def _kinds(self, reader: Reader) -> list[str]:
         """How a layer may be split; where by nothing, ``left`` says why."""
         goal, shape = self.goals[reader.layer], Shape.of(reader.module)
         kinds = [self.kernel] if self.kernel in shape.kinds else ["channel"]
-        if self.kernel == "auto" and goal.by == "cr" and self.method == "svd":
+        any_kind = self.method == "svd" and not self.top_down
+        if self.kernel == "auto" and goal.by == "cr" and any_kind:
             kinds = [k for k in COMPARED if k in shape.kinds]
         return [k for k in kinds if self._allowed(reader, k, goal.first(shape, k))]
 
@@ -103,7 +108,7 @@ class Trials:
 
     # -------------------------------------------------------------------------------- candidates
 
-    def _candidates(self, reader: Reader, slopes: Tensor | None) -> list[Candidate]:
+    def _candidates(self, reader: Reader) -> list[Candidate]:
         kinds, goal, out = self._kinds(reader), self.goals[reader.layer], []
         for kind in kinds:
             metrics = self._metrics(reader) if kind == "channel" else []
@@ -114,7 +119,7 @@ class Trials:
             if kind != "channel":
                 out.append(by_kernel(reader, kind, rank, self.seed))
                 continue
-            out.append(self._by_channel(reader, rank[0], metrics, slopes, len(kinds) > 1))
+            out.append(self._by_channel(reader, rank[0], metrics, len(kinds) > 1))
         if out:
             self.left.pop(reader.layer, None)
         return out
@@ -124,16 +129,16 @@ class Trials:
         reader: Reader,
         rank: int,
         metrics: list[Metric],
-        slopes: Tensor | None,
         compared: bool,
     ) -> Candidate:
+        slopes = self._slopes(reader, metrics) if self.method == "gradient" else None
         maps = [
             factored(
                 w,
                 metric,
                 rank,
                 method=self.method,
-                gradients=None if slopes is None else slopes[g],
+                slopes=None if slopes is None else slopes[g],
                 seed=self.seed + g,
                 on_data=self.on_data,
             )
@@ -155,6 +160,14 @@ class Trials:
             seen: Any = self.known.get((reader.layer, "outputs"))
             self.known[key] = data_metrics(seen) if self.on_data else weight_metrics(reader)
         found: list[Metric] = self.known[key]
+        return found
+
+    def _slopes(self, reader: Reader, metrics: list[Metric]) -> list[tuple[Slopes, Metric]]:
+        key = (reader.layer, "slopes", self.loss)
+        if isinstance(self.known[key], Tensor):
+            pairs = zip(metrics, self.known[key], strict=True)
+            self.known[key] = [steep(metric, Slopes.of(g)) for metric, g in pairs]
+        found: list[tuple[Slopes, Metric]] = self.known[key]
         return found
 
     # ---------------------------------------------------------------------------- passes over data
@@ -181,11 +194,21 @@ class Trials:
             c if c.kind == "channel" else refitted(c, seen[c.reader.layer, c.kind]) for c in found
         ]
 
-    def _gradients(self, trying: Mapping[str, Reader]) -> dict[str, Tensor]:
+    def _chained(self, best: dict[str, Candidate], data: Any) -> dict[str, Candidate]:
+        """One after the other, where that is wanted; of the ranks that they have."""
+        if not self.top_down:
+            return best
+        options: dict[str, Any] = {"positions": self.positions, "seed": self.seed}
+        return chained(self.graph, best, data, balanced=self.balanced, say=self.say, **options)
+
+    def _watch_gradients(self, trying: Mapping[str, Reader]) -> None:
         assert self.labelled is not None  # the pass requires it
-        rows = {n: _all_rows(r) for n, r in trying.items()}
-        self.say("watching gradients")
-        return watch_gradients(self.graph, self.labelled, rows, self.loss)
+        missing = {n: r for n, r in trying.items() if (n, "slopes", self.loss) not in self.known}
+        if missing:
+            self.say("watching gradients")
+            rows = {n: _all_rows(r) for n, r in missing.items()}
+            found = watch_gradients(self.graph, self.labelled, rows, self.loss)
+            self.known.update({(n, "slopes", self.loss): g for n, g in found.items()})
 
 
 def _all_rows(reader: Reader) -> Callable[[Tensor], Tensor]:

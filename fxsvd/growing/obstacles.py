@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 from torch import fx
@@ -20,9 +20,12 @@ from fxsvd.widening import Counts
 
 ACROSS = ("layer_norm", "rms_norm", "group_norm")
 STATISTIC = "takes a statistic over channels"
+SHARED = "is used in two places"
 
 
-def obstacles(deps: Dependencies, counts: Counts, alike: Mask) -> dict[int, str]:
+def obstacles(
+    deps: Dependencies, counts: Counts, alike: Mask, streams: Collection[int] = ()
+) -> dict[int, str]:
     """Why channels cannot get copies: by channel, the first reason that is met.
 
     Args:
@@ -30,6 +33,8 @@ def obstacles(deps: Dependencies, counts: Counts, alike: Mask) -> dict[int, str]
         counts: how often every channel is to be there.
         alike: by channel, whether its copies compute what it does: a mean over equally many of all
             such channels stays what it was.
+        streams: spaces that grow such that norms over them, and weights that are used twice, give
+            what they did (``fxsvd.growing.streams``).
 
     >>> import torch
     >>> from torch import nn
@@ -42,17 +47,41 @@ def obstacles(deps: Dependencies, counts: Counts, alike: Mask) -> dict[int, str]
     ({}, {'`_1` takes a statistic over channels'})
     """
     out: dict[int, str] = {}
+    followed = np.isin(deps.space_of, list(streams))
     for known in _shared(deps):
         touched = np.concatenate(_all(deps, known.type))
-        for channel in touched[counts[touched] > 1].tolist():
-            out[channel] = f"`{known.names[0]}` is used in two places"
+        for channel in touched[(counts[touched] > 1) & ~followed[touched]].tolist():
+            out[channel] = f"`{known.names[0]}` {SHARED}"
     for node, source, why in _noticing(deps):
         channels = np.unique(np.concatenate(_all(deps, source)))
         even = alike[channels].all() and len(set(counts[channels].tolist())) == 1
+        even = even or bool(followed[channels[counts[channels] > 1]].all())
         if why != STATISTIC or source.stored or not even:
             for channel in channels[counts[channels] > 1].tolist():
                 out.setdefault(channel, f"`{node.name}` {why}")
     return out
+
+
+def passable(deps: Dependencies, counts: Counts, alike: Mask) -> list[int]:
+    """The spaces that would grow but for norms over them, or weights that are used twice.
+
+    Args:
+        deps: what ``fxsvd.analyze`` found.
+        counts: how often every channel is to be there.
+        alike: as for ``obstacles``.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from fxsvd.capture import capture
+    >>> from fxsvd.dependency import analyze
+    >>> net = nn.Sequential(nn.Linear(4, 2), nn.LayerNorm(2), nn.Linear(2, 1))
+    >>> deps = analyze(capture(net, torch.zeros(2, 4)))
+    >>> passable(deps, np.full(deps.channels.count, 2), np.zeros(deps.channels.count, dtype=bool))
+    [0]
+    """
+    met = obstacles(deps, counts, alike).items()
+    numbers = {int(deps.space_of[c]) for c, why in met if why.endswith((STATISTIC, SHARED))}
+    return sorted(numbers - {-1})
 
 
 def _shared(deps: Dependencies) -> Iterator[Parameter]:

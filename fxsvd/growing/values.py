@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -15,12 +15,13 @@ from fxsvd.analysis import Parameter
 from fxsvd.axes import Block
 from fxsvd.dependency import Dependencies
 from fxsvd.edits import Assign
+from fxsvd.growing.marks import Mark, filled
 from fxsvd.growing.rows import orthogonal_rows, shares
 from fxsvd.narrowing import Mask
 from fxsvd.relations import Atoms
 from fxsvd.widening import Layout, Widening
 
-Init = Literal["orthogonal", "split"]
+Init = Literal["orthogonal", "split", "gradient"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +38,7 @@ class Growth:
         paired: channels that activations are multiplied over.
         init: what copies start with.
         generator: of what is drawn.
+        marks: what becomes of axes along which streams that norms run over are held.
     """
 
     deps: Dependencies
@@ -44,13 +46,16 @@ class Growth:
     paired: Mask
     init: Init
     generator: torch.Generator
+    marks: Mapping[tuple[str, int], Mark] = field(default_factory=dict)
 
     def assigns(self) -> Iterator[Assign]:
         """The parameters for which copies alone would not do, in their new shapes."""
         for known in self.deps.analysis.parameters.values():
             if self.widening.touches(known.type):
                 with torch.no_grad():
-                    copied = self.widening.spread(known.value.detach(), known.type)
+                    marked = any(name == known.names[0] for name, _ in self.marks)
+                    value = known.value.detach()
+                    copied = self.widening.spread(value.double() if marked else value, known.type)
                     value = self._grown(known, copied)
                 if value is not copied:
                     yield Assign(known.names[0], value, f"grows ({self.init})")
@@ -59,7 +64,10 @@ class Growth:
         axes = [(self._role(known, block), block) for block in known.type.blocks]
         for role, block in sorted(axes, key=lambda axis: axis[0] != "consumer"):
             layout = self.widening.layout(known.type, block)
-            if role != "follower" and layout.rank.any():
+            mark = self.marks.get((known.names[0], block.dims[-1]))
+            if mark is not None and layout.rank.any():
+                value = self._marked(layout, mark, value)
+            elif role != "follower" and layout.rank.any():
                 grow = self._read if role == "consumer" else self._written
                 value = grow(known, layout, value)
         return value
@@ -90,6 +98,18 @@ class Growth:
             value = self._fresh(value, layout.dims[0], new & ~silent)
         shown = self.widening.marked(known.type, layout, silent).to(value.device)
         return value.masked_fill(shown, 0) if silent.any() else value
+
+    def _marked(self, layout: Layout, mark: Mark, value: Tensor) -> Tensor:
+        """What a walk along a stream says."""
+        new, gain = layout.rank > 0, None
+        if mark.gain:
+            known = self.deps.analysis.by_name(mark.gain)
+            numbers = known.value.detach().double().flatten()
+            (block,) = (b for b in known.type.blocks if b.atoms.size == len(numbers))
+            by_channel = numbers.new_zeros(self.deps.channels.count)
+            by_channel[torch.from_numpy(self.deps.channels.of[block.atoms].ravel())] = numbers
+            gain = by_channel[torch.from_numpy(layout.channels[~new])]
+        return filled(value, layout.dims[0], new, mark, gain, self.generator)
 
     def _again(self, name: str, layout: Layout) -> Mask:
         again = self._repeated.get(name, self._repeated.get(_weight_of(name)))

@@ -8,6 +8,7 @@ Errors here are relative: E‖y − y'‖² / E‖y‖².
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,10 @@ from torch import Tensor
 
 from fxsvd.linalg.reconstruction import RIDGE, least_squares
 from fxsvd.linalg.svd import Factors, finite_matrix, possible_rank
+from fxsvd.linalg.validation import spectral_scores
+
+RIDGES = (RIDGE, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
+"""Of ``fit_near``, which takes the one that cross-validation prefers."""
 
 
 def principal_outputs(output_covariance: Tensor, rank: int) -> tuple[Tensor, float]:
@@ -106,6 +111,46 @@ def reduced_rank(r: Tensor, ryx: Tensor, rank: int, *, ridge: float = RIDGE) -> 
     fit = least_squares(r, ryx, every, ridge=ridge)
     u, _ = principal_outputs(fit @ ryx.T, k)
     return Factors(u if q is None else q @ u, u.T @ fit)
+
+
+def fit_near(
+    x: Tensor, y: Tensor, w: Tensor, rows: int, ridges: Sequence[float] = RIDGES
+) -> Tensor:
+    """The matrix that minimises ‖y − x Mᵀ‖² + ε Σᵢ ‖xᵢ‖² ‖(M − W)ᵢ‖², columns i.
+
+    What no row excites stays as it is in W, so that x may have a low rank, or fewer rows than
+    columns. The ridge is the one with the least generalized cross-validation score, see
+    ``fxsvd.linalg.validation``; here its sums are over the singular values of x.
+
+    Args:
+        x: a root of the inputs' covariance, r×n: centred rows, or Z with as large a ZᵀZ.
+        y: of the outputs, r×m, beside it.
+        w: m×n.
+        rows: how many rows the root stands for.
+        ridges: ε, to choose from.
+
+    Returns:
+        m×n, float64.
+
+    Raises:
+        ValueError: numbers are not finite.
+
+    >>> x, w = torch.tensor([[3.0, 0.0], [-3.0, 0.0]]), torch.tensor([[1.0, 5.0]])
+    >>> fit_near(x, 2 * x[:, :1], w, 2, [1e-12]).round(decimals=9).tolist()
+    [[2.0, 5.0]]
+    """
+    x, y, w = finite_matrix(x), finite_matrix(y), finite_matrix(w)
+    size = torch.linalg.vector_norm(x, dim=0)
+    scale = torch.where(size > 0, 1 / size, 0.0)
+    rest = y - x @ w.T
+    u, s, vh = torch.linalg.svd(x * scale, full_matrices=False)
+    along = u.T @ rest
+    values, energy = s.square(), float(rest.square().sum())
+    power = along.square().sum(1) * values
+    scores = spectral_scores(values, power, energy, rows, ridges)
+    best = ridges[int(scores.argmin())]
+    change: Tensor = ((along.T * (s / (values + best))) @ vh) * scale
+    return w + change
 
 
 def weighted_svd(

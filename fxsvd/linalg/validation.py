@@ -44,8 +44,30 @@ def cross_validation_scores(
         raise ValueError("moments of no rows validate nothing")
     matrix, scale = standardize(r.double())
     spectrum, basis = torch.linalg.eigh(matrix)
-    spectrum = spectrum.clamp(min=0).unsqueeze(1)
-    power = ((ryx.double() * scale) @ basis).square().sum(0).unsqueeze(1)
+    power = ((ryx.double() * scale) @ basis).square().sum(0)
+    return spectral_scores(spectrum.clamp(min=0), power, energy, rows, ridges)
+
+
+def spectral_scores(
+    spectrum: Tensor, power: Tensor, energy: float, rows: int, ridges: Sequence[float]
+) -> Tensor:
+    """The same from the spectrum.
+
+    Args:
+        spectrum: λ of the standardized R, 0 or more.
+        power: ‖qᵢ‖², beside it.
+        energy: Σ variances of y.
+        rows: how many rows there are.
+        ridges: to compare.
+
+    Returns:
+        A score per ridge, in units of ``energy``; infinity where nothing is left to validate with.
+
+    >>> one = torch.ones(1).double()
+    >>> spectral_scores(one, one / 4, 1.0, 100, [1e-9, 1.0]).round(decimals=2).tolist()
+    [0.78, 0.84]
+    """
+    spectrum, power = spectrum.unsqueeze(1), power.unsqueeze(1)
     ridge = spectrum.new_tensor(list(ridges))
     explained = (power * (spectrum + 2 * ridge) / (spectrum + ridge).square()).sum(0)
     free = 1 - (1 + (spectrum / (spectrum + ridge)).sum(0)) / rows

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from fxsvd.cost import evaluating
+from fxsvd.data import ranks
 from fxsvd.data.batches import batches
 from fxsvd.data.readers import Reader
 from fxsvd.dependency import Dependencies
@@ -157,7 +158,7 @@ def second_moments(
     with torch.no_grad(), evaluating(graph):
         for batch in batches(data, graph) if found else ():
             watch.run(*placed(graph, batch))
-    seen = [[watch.sums[norm.node] / watch.counts[norm.node] for norm in s.norms] for s in found]
+    seen = [[watch.mean(norm.node) for norm in stream.norms] for stream in found]
     return [
         _ordered(deps, s, torch.stack(parts).mean(0)) for s, parts in zip(found, seen, strict=True)
     ]
@@ -177,7 +178,8 @@ class _Watch(fx.Interpreter):
     def __init__(self, graph: fx.GraphModule, norms: Mapping[fx.Node, Norm]) -> None:
         super().__init__(graph)
         self.norms = norms
-        self.sums: dict[fx.Node, Tensor] = {}
+        widths = {n: input_of(n).meta["val"].shape[-1] for n in norms}
+        self.sums = {n: torch.zeros(w, w, dtype=torch.float64) for n, w in widths.items()}
         self.counts = dict.fromkeys(norms, 0)
 
     def run_node(self, n: fx.Node) -> Any:
@@ -187,6 +189,10 @@ class _Watch(fx.Interpreter):
             rows = x.reshape(-1, x.shape[-1]).double()
             normed = F.layer_norm if self.norms[n].centred else F.rms_norm
             rows = normed(rows, rows.shape[-1:])
-            self.sums[n] = self.sums.get(n, 0) + (rows.T @ rows).cpu()
+            self.sums[n] += (rows.T @ rows).cpu()
             self.counts[n] += len(rows)
         return super().run_node(n)
+
+    def mean(self, n: fx.Node) -> Tensor:
+        """The second moments of a norm's rows, over all ranks."""
+        return ranks.summed(self.sums[n]) / float(ranks.gathered([self.counts[n]]).sum())

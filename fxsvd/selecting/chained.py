@@ -22,6 +22,7 @@ from fxsvd.calibrate import Positions, checked, chosen_rows, rows_per_sample
 from fxsvd.cost import evaluating
 from fxsvd.data import ranks
 from fxsvd.data.batches import Batch, batches, samples
+from fxsvd.data.lanes import Lane
 from fxsvd.data.moments import Moment
 from fxsvd.data.readers import Reader, input_rows, output_rows
 from fxsvd.data.statistics import Statistics, warned
@@ -31,7 +32,6 @@ from fxsvd.narrowing import Narrowing
 from fxsvd.progress import Say, quiet
 from fxsvd.reference import silenced
 from fxsvd.rewrite import add_bias
-from fxsvd.running import placeholder_values
 from fxsvd.selecting.fit import Fit, Mask, fit
 from fxsvd.selecting.joins import join_behind, schedule
 
@@ -135,36 +135,11 @@ def _install(twin: fx.GraphModule, found: Fit) -> None:
             add_bias(twin.get_submodule(found.reader.layer), assign.value)
 
 
-class _Lane:
-    """A graph that runs a node at a time over all batches."""
-
-    def __init__(self, graph: fx.GraphModule, data: list[Batch]) -> None:
-        self.interpreter = fx.Interpreter(graph, garbage_collect_values=False)
-        self.values = [placeholder_values(graph, batch) for batch in data]
-        self.waiting = {node: len(node.users) for node in graph.graph.nodes}
-
-    def run(self, node: fx.Node) -> None:
-        """Compute a node."""
-        if node.op in ("placeholder", "output"):
-            return
-        for values in self.values:
-            self.interpreter.env = values
-            values[node] = self.interpreter.run_node(node)
-
-    def leave(self, node: fx.Node) -> None:
-        """Forget the values that only this node was waiting for."""
-        for source in node.all_input_nodes:
-            self.waiting[source] -= 1
-        for gone in (n for n in (*node.all_input_nodes, node) if self.waiting[n] == 0):
-            for values in self.values:
-                values.pop(gone, None)
-
-
 class _Pair:
     """The original and its twin."""
 
     def __init__(self, graph: fx.GraphModule, twin: fx.GraphModule, data: list[Batch]) -> None:
-        self.original, self.twin = _Lane(graph, data), _Lane(twin, data)
+        self.original, self.twin = Lane(graph, data), Lane(twin, data)
         self.own = {n.name: n for n in graph.graph.nodes}
         self.samples = sum(map(samples, data))
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fxsvd.linalg.low_rank import (
+    fit_near,
     output_pca,
     principal_outputs,
     projection,
@@ -154,6 +155,32 @@ def test_reduced_rank_regression_on_the_layers_own_input_is_output_pca() -> None
     w, c = normal(4, 6), moment(6)
     expected = output_pca(w, c, 2)[0].product()
     torch.testing.assert_close(reduced_rank(c, w @ c, 2, ridge=0.0).product(), expected)
+
+
+@pytest.mark.parametrize("rows", [4, 9, 300])
+def test_a_fit_near_a_matrix_is_ridge_regression_of_what_it_leaves(rows: int) -> None:
+    x, y, w = normal(rows, 6), normal(rows, 3, seed=1), normal(3, 6, seed=2)
+    x[:, 2], x[:, 4] = 0.0, 10 * x[:, 5]  # an input without variance, and one that repeats another
+    penalty = torch.diag(0.1 * torch.linalg.vector_norm(x, dim=0))
+    rest = torch.cat([y - x @ w.T, torch.zeros(6, 3, dtype=torch.float64)])
+    expected = w + torch.linalg.lstsq(torch.cat([x, penalty]), rest, driver="gelsd").solution.T
+    found = fit_near(x, y, w, rows, [0.01])
+    assert (found - expected).abs().max() < 1e-9
+    assert torch.equal(found[:, 2], w[:, 2])
+
+
+def test_a_fit_near_a_matrix_takes_the_ridge_that_leaving_rows_out_prefers() -> None:
+    x, w, ridges = normal(40, 6), normal(3, 6, seed=2), (1e-6, 0.1, 10.0, 1e4)
+    for noise in (1e-3, 30.0):
+        y = x @ normal(3, 6, seed=5).T + noise * normal(40, 3, seed=4)
+        scores = {}
+        for ridge in ridges:
+            hat = x @ torch.linalg.inv(x.T @ x + ridge * torch.diag(x.square().sum(0))) @ x.T
+            left = (torch.eye(40) - hat) @ (y - x @ w.T)
+            scores[ridge] = float(left.square().sum() / (1 - (1 + hat.trace()) / 40) ** 2)
+        best = min(scores, key=lambda ridge: scores[ridge])
+        expected = fit_near(x, y, w, 40, [best])
+        assert torch.equal(fit_near(x, y, w, 40, ridges), expected)
 
 
 def test_reduced_rank_regression_bears_inputs_that_repeat_each_other() -> None:
