@@ -42,11 +42,13 @@ class Assign:
         value: the numbers, in the shape that the parameter has before anything is narrowed (or,
             where channels get copies, in the shape that it has afterwards).
         why: what they are.
+        turned: whether they are in another basis, where no number is the old one's successor.
     """
 
     parameter: str
     value: Tensor
     why: str
+    turned: bool = False
 
     def __str__(self) -> str:
         """``fc.bias: takes over constant channels``."""

@@ -29,6 +29,7 @@ from fxsvd.evolving.history import (
 from fxsvd.evolving.judging import Loss, judged, too_much
 from fxsvd.evolving.operators import residual_spectra
 from fxsvd.evolving.policies import require_passes
+from fxsvd.evolving.recent import Recent
 from fxsvd.evolving.replacing import become
 from fxsvd.evolving.sharding import require_whole
 from fxsvd.rewrite import rewrite
@@ -57,7 +58,8 @@ class Evolver:
         policy: says which passes to apply at a step, often none; a function of the network and the
             step (``fxsvd.Schedule`` and ``fxsvd.Spectral`` are such).
         every: how many steps there are from one question to the policy to the next.
-        data: batches for the policy's passes that calibrate.
+        data: batches for passes that calibrate; or a number: that many of the samples that the
+            network was trained on last.
         loss: a number for the network, on samples that are held out; a resize that increases it
             too much is undone.
         max_loss_increase: relative to the loss before.
@@ -92,7 +94,7 @@ class Evolver:
         *,
         policy: Policy | None = None,
         every: int = 1,
-        data: Data = None,
+        data: Data | int = None,
         loss: Loss | None = None,
         max_loss_increase: float = 0.1,
         verify: bool = True,
@@ -107,7 +109,8 @@ class Evolver:
         require_owner(optimizer, self.model)
         self.example_inputs, self.optimizer = example_inputs, optimizer
         self.policy, self.every, self.verify = policy, every, verify
-        self.data, self.advice = data, advice
+        self.data: Data = Recent(self.model, data) if isinstance(data, int) else data
+        self.advice = advice
         self.loss, self.max_loss_increase = loss, max_loss_increase
         self.history = History()
         self.averages: list[nn.Module] = []
@@ -126,7 +129,7 @@ class Evolver:
         known = len(self.history)
         share_buffers(self.model)
         for options in agreed_on(require_passes(self.policy(self.model, number))):
-            self.resize(options, data=self.data, step=number)
+            self.resize(options, step=number)
         return self.history[known:]
 
     def follow(self, average: Average) -> Average:
@@ -157,7 +160,7 @@ class Evolver:
 
         Args:
             options: the pass.
-            data: batches for a pass that calibrates.
+            data: batches for a pass that calibrates; the evolver's own where there are none.
             step: for the history.
 
         Raises:
@@ -170,7 +173,7 @@ class Evolver:
         share_buffers(self.model)
         before = judged(self.loss, self.model)
         deps = analyze(self.model)
-        plan = agreed_plan(options.propose(deps, data), options)
+        plan = agreed_plan(options.propose(deps, self.data if data is None else data), options)
         wanted = rewrite(deps, plan)
         if self.verify:
             verify_rewrite(deps, plan, wanted, self.example_inputs)
@@ -197,8 +200,12 @@ class Evolver:
         return event
 
     def state_dict(self) -> dict[str, Any]:
-        """Widths, weights and what the optimizer remembers, for ``torch.save``."""
+        """Widths, weights and what the optimizer remembers, for ``torch.save``.
+
+        And the samples that it was trained on last, where they are kept.
+        """
         return {
+            "recent": list(self.data) if isinstance(self.data, Recent) else [],
             "averages": [average.state_dict() for average in self.averages],
             "events": [stored(event) for event in self.history],
             "model": self.model.state_dict(),
@@ -230,6 +237,8 @@ class Evolver:
             self.history.append(event)
         for average, numbers in zip(self.averages, averages, strict=True):
             average.load_state_dict(numbers)
+        if isinstance(self.data, Recent):
+            self.data.restore(state.get("recent", ()))
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
 

@@ -116,7 +116,7 @@ class Rotate:
         written = {r.layer for e in edges for r in e.producers}
         return replace(
             plan,
-            values=tuple(Assign(name, value, WHY) for name, value in values.items()),
+            values=tuple(Assign(name, value, WHY, turned=True) for name, value in values.items()),
             estimates=tuple(
                 f.estimate("rotate")
                 for f in fits

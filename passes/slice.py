@@ -85,7 +85,7 @@ class Slice:
             turn(deps, stream, encoder(second, width, centred=stream.centred), width, values)
         return replace(
             plan,
-            values=tuple(Assign(name, value, WHY) for name, value in values.items()),
+            values=tuple(Assign(name, value, WHY, turned=True) for name, value in values.items()),
             exact=bool(found) and not plan.edits,
         )
 

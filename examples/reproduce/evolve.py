@@ -4,8 +4,8 @@ MNIST: six blocks, 1,971,308 parameters; Fashion-MNIST: six blocks, 476,370. Eve
 spaces are narrowed by ``Select``, refitted to what their readers computed on training images; a
 resize that costs more than one point of accuracy is undone, and half as much tried next. At
 ``--target`` parameters the network is trained on. With ``--floor`` it is shrunk further and
-further, and what had that accuracy last is kept. Steered by 5,000 training images that are held
-out; the test set is looked at once for each of the two sizes.
+further, and what had that accuracy last, once trained, is kept. Steered by 5,000 training images
+that are held out; the test set is looked at once for each of the two sizes.
 
     python examples/reproduce/evolve.py mnist --data DIR --target 12500 --floor 98.5
     python examples/reproduce/evolve.py fashion_mnist --data DIR --target 250000 --floor 90
@@ -68,9 +68,13 @@ class Shrinking:
 
 
 def smallest(run: Run, shrinking: Shrinking, options: argparse.Namespace) -> None:
-    """Shrink until the accuracy cannot be held any more, and go back to what had it last."""
+    """Shrink until the accuracy cannot be held any more, and go back to what had it last.
+
+    Few channels say much each: here a resize may cost what training then wins back.
+    """
     goal = run.size
     while True:
+        run.evolver.max_loss_increase = options.allowed / 100
         goal = int(goal * options.step)
         known = copy.deepcopy(run.evolver.state_dict())
         reached = shrinking.until(goal)
@@ -87,6 +91,7 @@ def main() -> None:
     parser.add_argument("task", choices=["mnist", "fashion_mnist"])
     parser.add_argument("--target", type=int, required=True, help="parameters, at most")
     parser.add_argument("--floor", type=float, help="of the accuracy, for the smallest network")
+    parser.add_argument("--allowed", type=float, default=20, help="points, below the target")
     parser.add_argument("--step", type=float, default=0.8, help="from a size to the next below")
     parser.add_argument("--ratio", type=float, default=0.25, help="of the channels, each time")
     parser.add_argument("--pause", type=int, default=150, help="steps from one time to the next")

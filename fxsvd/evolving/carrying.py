@@ -3,7 +3,8 @@
 What an optimizer remembers of a parameter (momentum, Adam's moments) has its shape and is resized
 with it. Where channels are only kept, that is exact: a kept column multiplies the activation that
 it did, so its gradient is what it was. A copy inherits second moments, lest its first step be a
-leap, and starts without momentum.
+leap, and starts without momentum. In another basis (a rotation) second moments have no counterpart:
+there, everything is forgotten.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ def carry(
     _require_possible(optimizer, names, joining)
     how = resizing(deps, plan)
     known = {name: p for p in deps.analysis.parameters.values() for name in p.names}
+    turned = {value.parameter for value in plan.values if value.turned}
     for group in optimizer.param_groups:
         params: list[Any] = []
         for parameter in group["params"]:
@@ -89,7 +91,7 @@ def carry(
             state = optimizer.state.pop(parameter, None)
             if name in after:
                 params.append(after[name])
-                if state:
+                if state and name not in turned:
                     optimizer.state[after[name]] = _carried(state, parameter, known.get(name), how)
             params += joining.get(name, [])
         group["params"] = params
