@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("task", choices=["mnist", "fashion_mnist"])
     parser.add_argument("--target", type=int, required=True, help="parameters, at most")
     parser.add_argument("--floor", type=float, help="of the accuracy, for the smallest network")
-    parser.add_argument("--allowed", type=float, default=20, help="points, below the target")
+    parser.add_argument("--allowed", type=float, default=5, help="points, below the target")
     parser.add_argument("--step", type=float, default=0.8, help="from a size to the next below")
     parser.add_argument("--ratio", type=float, default=0.25, help="of the channels, each time")
     parser.add_argument("--pause", type=int, default=150, help="steps from one time to the next")
