@@ -18,6 +18,7 @@ from fxsvd.edits import Assign, Plan, Remap
 from fxsvd.errors import FxsvdError, PlanError
 from fxsvd.evolving.spectra import spectrum
 from fxsvd.passes import Factorize, Prune, Rotate, Select, Widen
+from tests.helpers.evolving import Residual
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-3),
@@ -34,25 +35,6 @@ OPTIMIZERS = {
     "adadelta": lambda p: torch.optim.Adadelta(p, lr=0.5),
     "rprop": lambda p: torch.optim.Rprop(p, lr=1e-3),
 }
-
-
-class Residual(nn.Module):
-    """A stream with batch norm, and a branch some of whose channels are dead."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.stem, self.norm = nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6)
-        self.a, self.b = nn.Conv2d(6, 8, 3, padding=1), nn.Conv2d(8, 6, 1)
-        self.head = nn.Linear(6, 3)
-        with torch.no_grad():
-            for tensor in (self.a.weight[::3], self.b.weight[:, ::3]):
-                tensor.zero_()
-            self.a.bias[::3] = -1.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm(self.stem(x)))
-        return self.head((x + self.b(F.relu(self.a(x)))).mean((2, 3)))
 
 
 def batch(seed: int) -> tuple[Tensor, Tensor]:

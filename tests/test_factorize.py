@@ -246,15 +246,16 @@ def test_a_layer_that_gets_what_it_used_to_get_is_fitted_by_itself():
     assert all(torch.equal(pair[0][n], pair[1][n]) for n in pair[0])
 
 
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.out = nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.out(self.fc(F.relu(self.fc(x))))
+
+
 def test_top_down_a_layer_called_twice_keeps_its_own_fit():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc, self.out = nn.Linear(8, 8), nn.Linear(8, 2)
-
-        def forward(self, x):
-            return self.out(self.fc(F.relu(self.fc(x))))
-
     torch.manual_seed(0)
     net, x = Twice().double(), torch.randn(40, 8).double()
     pair = [
@@ -434,14 +435,6 @@ def test_layers_that_stay_say_why():
 
 
 def test_a_layer_called_twice_is_replaced_in_both_places():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc, self.out = nn.Linear(8, 8), nn.Linear(8, 2)
-
-        def forward(self, x):
-            return self.out(self.fc(F.relu(self.fc(x))))
-
     x = torch.randn(5, 8).double()
     small = compiled(Twice().double(), data=[x], x=x, rank=2)
     assert small.code.count("self.fc") >= 4

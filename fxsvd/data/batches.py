@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fxsvd.capture import normalize_inputs
 from fxsvd.capture.inputs import map_tensors
@@ -82,6 +82,25 @@ def moved(value: Any, device: torch.device) -> Any:
     device(type='meta')
     """
     return map_tensors(lambda t: t.to(device), value)
+
+
+def losses(graph: nn.Module, loss: Any, data: Iterable[Any]) -> Iterator[tuple[Tensor, int]]:
+    """The loss of a network on each batch, and how many samples there were in it.
+
+    Args:
+        graph: a captured graph.
+        loss: ``loss(output, target)``, a scalar.
+        data: batches ``(inputs, target)``.
+
+    >>> batch = torch.ones(5, 2), 1
+    >>> list(losses(torch.nn.Identity(), lambda y, target: y.sum() + target, [batch]))
+    [(tensor(11.), 5)]
+    """
+    device = next((t.device for t in graph.parameters()), torch.device("cpu"))
+    for batch in data:
+        inputs, target = moved(batch, device)
+        args, kwargs = normalize_inputs(inputs)
+        yield loss(graph(*args, **kwargs), target), samples((args, kwargs))
 
 
 def samples(batch: Batch) -> int:

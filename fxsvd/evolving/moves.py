@@ -25,18 +25,16 @@ MEASURES = ("parameters", "macs")
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
-    """Channels of a group, which go together.
+class Priced:
+    """Channels that may come or go.
 
     Attributes:
-        worth: the loss without them, less the loss with them.
+        worth: what they say, in units of the loss.
         size: how many parameters (or MACs) they cost.
-        channels: their numbers.
     """
 
     worth: float
     size: int
-    channels: Atoms
 
     @property
     def density(self) -> float:
@@ -44,24 +42,26 @@ class Step:
         return self.worth / self.size if self.size > 0 else float("inf")
 
 
-@dataclass(frozen=True)
-class Promise:
-    """A new channel of a space.
+@dataclass(frozen=True, eq=False)
+class Step(Priced):
+    """Channels of a group, which go together, worth the loss without them less that with them.
 
     Attributes:
-        worth: how much the loss falls as it learns.
-        size: how many parameters (or MACs) it costs.
+        channels: their numbers.
+    """
+
+    channels: Atoms
+
+
+@dataclass(frozen=True)
+class Promise(Priced):
+    """A new channel of a space, worth as much as the loss falls when it learns.
+
+    Attributes:
         space: the space's name.
     """
 
-    worth: float
-    size: int
     space: str
-
-    @property
-    def density(self) -> float:
-        """What it is worth for what it costs; what costs nothing is beyond price."""
-        return self.worth / self.size if self.size > 0 else float("inf")
 
 
 def traded(

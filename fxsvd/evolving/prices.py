@@ -18,10 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxsvd.capture import normalize_inputs
 from fxsvd.cost import evaluating
 from fxsvd.data import ranks
-from fxsvd.data.batches import moved, samples
+from fxsvd.data.batches import losses
 from fxsvd.data.readers import Reader, readers
 from fxsvd.dependency import Dependencies
 from fxsvd.errors import PlanError
@@ -75,11 +74,8 @@ def mean_loss(graph: nn.Module, loss: Any, data: Iterable[Any]) -> float:
     """
     total, count = 0.0, 0
     with evaluating(graph):
-        for batch in data:
-            given, target = moved(batch, _device(graph))
-            args, kwargs = normalize_inputs(given)
-            total += float(loss(graph(*args, **kwargs), target))
-            count += 1
+        for value, _ in losses(graph, loss, data):
+            total, count = total + float(value), count + 1
     sums = ranks.gathered([total, count]).sum(0)
     return float(sums[0] / sums[1])
 
@@ -101,13 +97,10 @@ class _Seen:
             for layer in self.layers:
                 hook = _keeping(layer.layer, inputs)
                 stack.callback(layer.module.register_forward_pre_hook(hook).remove)
-            for batch in data:
-                given, target = moved(batch, _device(graph))
-                args, kwargs = normalize_inputs(given)
-                value = loss(graph(*args, **kwargs), target)
+            for value, count in losses(graph, loss, data):
                 if not bool(torch.isfinite(value)):
                     raise PlanError(f"the loss is {value.detach()}: nothing can be weighed by it")
-                self._add(value, inputs, samples((args, kwargs)))
+                self._add(value, inputs, count)
 
     def _add(self, value: Tensor, inputs: Mapping[str, Tensor], count: int) -> None:
         trained = [p for p in self.weights if p.requires_grad]
@@ -165,7 +158,3 @@ def _by_feature(module: nn.Module, values: Tensor, count: int) -> Tensor:
     """Sums over positions, ``[samples, features]``."""
     last = values if isinstance(module, nn.Linear) else values.movedim(1, -1)
     return last.reshape(count, -1, last.shape[-1]).sum(1)
-
-
-def _device(graph: nn.Module) -> torch.device:
-    return next((p.device for p in graph.parameters()), torch.device("cpu"))

@@ -18,9 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
 
-from fxsvd.capture import normalize_inputs
 from fxsvd.cost import evaluating
-from fxsvd.data.batches import batches, samples
+from fxsvd.data.batches import batches, losses, samples
 from fxsvd.errors import FxsvdError
 from fxsvd.progress import Say, quiet
 
@@ -191,9 +190,7 @@ def watch_gradients(
         for layer in rows:
             module = graph.get_submodule(layer)
             stack.callback(module.register_forward_hook(hook(layer)).remove)
-        for inputs, target in data:
-            args, kwargs = normalize_inputs(inputs)
-            value = loss(graph(*args, **kwargs), target)
+        for value, _ in losses(graph, loss, data):
             wanted = [p for p in graph.parameters() if p.requires_grad]
             torch.autograd.grad(value, wanted, allow_unused=True)
     return {layer: _uncentred(checked(layer, out.reduced())) for layer, out in found.items()}

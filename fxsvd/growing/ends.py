@@ -15,6 +15,7 @@ from fxsvd.data.readers import Reader, readers
 from fxsvd.dependency import Dependencies, Space
 from fxsvd.edits import Assign
 from fxsvd.relations import Atoms
+from fxsvd.rotating.edges import counted
 from fxsvd.widening import Layout, Widening
 
 
@@ -85,8 +86,8 @@ def place_in(space: Space, channels: Atoms) -> Atoms:
     [1, 1, -1, 0]
     """
     order = np.argsort(space.channels, kind="stable")
-    low = np.searchsorted(space.channels, channels, sorter=order).clip(max=space.width - 1)
-    found: Atoms = np.where(space.channels[order[low]] == channels, order[low], -1)
+    low, times = counted(space.channels[order], channels)
+    found: Atoms = np.where(times > 0, order[low.clip(max=space.width - 1)], -1)
     return found
 
 

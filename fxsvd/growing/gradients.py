@@ -20,10 +20,9 @@ import torch
 from torch import Tensor, fx
 
 from fxsvd.axes import TensorType
-from fxsvd.capture import normalize_inputs
 from fxsvd.cost import evaluating
 from fxsvd.data import ranks
-from fxsvd.data.batches import moved
+from fxsvd.data.batches import losses
 from fxsvd.dependency import Dependencies, Space
 from fxsvd.edits import Plan, Remap
 from fxsvd.errors import PlanError
@@ -176,10 +175,7 @@ def gradients(
     sums = [torch.zeros_like(p, dtype=torch.float64) for p in wanted]
     seen = 0
     with evaluating(graph), torch.enable_grad():
-        for batch in data:
-            inputs, target = moved(batch, wanted[0].device)
-            args, kwargs = normalize_inputs(inputs)
-            value = loss(graph(*args, **kwargs), target)
+        for value, _ in losses(graph, loss, data):
             found: Any = torch.autograd.grad(value, wanted, allow_unused=True)
             for total, part in zip(sums, found, strict=True):
                 total += torch.zeros_like(total) if part is None else part
