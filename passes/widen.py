@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from fxsvd.growing.ledger import Axis
 from fxsvd.growing.marks import Mark
 from fxsvd.growing.obstacles import obstacles, passable
 from fxsvd.growing.pairs import paired
+from fxsvd.growing.rows import Length
 from fxsvd.growing.streams import Marks, normed_streams
 from fxsvd.growing.values import Growth, Init
 from fxsvd.heads import by_heads
@@ -31,7 +32,7 @@ from fxsvd.relations import Atoms
 from fxsvd.widening import Counts, Widening, whole_heads
 from fxsvd.widths import Ratio, Widths, as_plan, wanted_numbers
 
-INITS = ("orthogonal", "split", "gradient")
+INITS, LENGTHS = get_args(Init), get_args(Length)
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Widen:
         heads: copy whole attention heads instead of features inside every head.
         loss: for ``"gradient"``: ``loss(output, target)``.
         data: for ``"gradient"``: batches ``(inputs, target)``, the more the better.
+        length: of new rows of ``"orthogonal"``: ``"typical"``, as those that are there (root mean
+            square); ``"smallest"``, half their smallest singular value, the source's.
 
     Raises:
         PlanError: an option is out of range, or ``"gradient"`` lacks its loss or data.
@@ -76,12 +79,14 @@ class Widen:
     heads: bool = False
     loss: Any = None
     data: Iterable[Any] | None = field(default=None, compare=False)
+    length: Length = "typical"
 
     def __post_init__(self) -> None:
         if (self.ratio is None) == (self.to is None):
             raise PlanError("give Widen either ratio= or to=")
-        if self.init not in INITS:
-            raise PlanError(f"there is no init {self.init!r}; there are {INITS}")
+        for name, known in (("init", INITS), ("length", LENGTHS)):
+            if getattr(self, name) not in known:
+                raise PlanError(f"there is no {name} {getattr(self, name)!r}; there are {known}")
         if self.init == "gradient" and (self.loss is None or self.data is None):
             raise PlanError("init='gradient' needs loss=(output, target) and data=batches")
         if self.init == "gradient" and self.heads:
@@ -123,7 +128,7 @@ class Widen:
         if found is not None:
             given = [(p.ends, p.first(_more(counts, p), generator)) for p in found]
             return replace(plan, values=tuple(opened(widening, given)), exact=True)
-        growth = Growth(deps, widening, pairs, self.init, generator, marks)
+        growth = Growth(deps, widening, pairs, self.init, generator, self.length, marks)
         return replace(plan, values=tuple(growth.assigns()), exact=True)
 
     def _settle(

@@ -238,22 +238,25 @@ def test_plans_that_do_not_fit_are_refused(plan: Plan, message: str) -> None:
         fxsvd.apply(fxsvd.capture(made(), images()), plan)
 
 
+@pytest.mark.parametrize("length", ["typical", "smallest"])
 @pytest.mark.parametrize("rank", [0, 2, 5])
-def test_new_rows_are_orthogonal_to_those_that_are_there(rank: int) -> None:
+def test_new_rows_are_orthogonal_to_those_that_are_there(rank: int, length: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(5, rank, generator=generator).double()
     old = a @ torch.randn(rank, 12, generator=generator).double()
-    new = orthogonal_rows(old, 6, generator)
+    new = orthogonal_rows(old, 6, generator, length)
     assert new.shape == (6, 12)
     assert (old @ new.T).abs().max() < 1e-9
-    smallest = torch.linalg.svdvals(old)[rank - 1] if rank else torch.tensor(2.0)
-    assert torch.allclose(new @ new.T, torch.eye(6).double() * (smallest / 2) ** 2, atol=1e-9)
+    values = torch.linalg.svdvals(old)[:rank]
+    square = values[-1] ** 2 / 4 if length == "smallest" and rank else values.square().sum() / 5
+    expected = (square if rank else 1) * torch.eye(6).double()
+    assert torch.allclose(new @ new.T, expected, atol=1e-9)
 
 
 def test_without_room_new_rows_are_orthogonal_to_each_other() -> None:
     generator = torch.Generator().manual_seed(0)
     new = orthogonal_rows(torch.eye(4).double(), 3, generator)
-    assert torch.allclose(new @ new.T, torch.eye(3).double() / 4, atol=1e-9)
+    assert torch.allclose(new @ new.T, torch.eye(3).double(), atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])

@@ -38,13 +38,14 @@ class Shrinking:
     def until(self, target: int, resizes: int = 60) -> bool:
         """Shrink and train in turns; whether the target was reached."""
         while self.run.size > target and resizes:
-            self._together() if self.ratio > self.first / 8 else self._apart(target)
+            self._together(target) if self.ratio > self.first / 8 else self._apart(target)
             self.run.train(self.pause)
             resizes -= 1
         return self.run.size <= target
 
-    def _together(self) -> None:
-        event = self._resize(self.ratio)
+    def _together(self, target: int) -> None:
+        needed = 1 - (target / self.run.size) ** 0.5  # parameters go with the square of the widths
+        event = self._resize(min(self.ratio, needed + 0.01))
         if event.undone:
             self.ratio /= 2
         elif not event.plan.edits:  # of so few channels, that share is none

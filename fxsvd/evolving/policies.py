@@ -111,7 +111,7 @@ class Spectral:
                 if len(values) and not bool(values.isnan().any()):
                     self._decide(space, values, fewer, more)
         out: list[Pass] = [Shrink(ratio=fewer, only=self.only)] if fewer else []
-        return [*out, Widen(to=more, only=self.only)] if more else out
+        return [*out, Widen(to=more, only=self.only, length="smallest")] if more else out
 
     def _decide(
         self, space: Space, values: Tensor, fewer: dict[str, float], more: dict[str, int]

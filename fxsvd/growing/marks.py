@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fxsvd.growing.rows import orthogonal_rows
 from fxsvd.narrowing import Mask
 
 Fill = Literal["mean", "zero", "one", "copy", "level", "fresh"]
+FreshRows = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def filled(
     new: Mask,
     mark: Mark,
     gain: Tensor | None,
-    generator: torch.Generator,
+    fresh_rows: FreshRows,
 ) -> Tensor:
     """A parameter with the numbers that a mark says.
 
@@ -47,17 +48,17 @@ def filled(
         new: which indices of it are new.
         mark: what to do.
         gain: of a mark with one: its number for each index that is not new.
-        generator: of what is drawn.
+        fresh_rows: makes so many rows that say something else than those given.
 
     >>> wide, new = torch.tensor([1.0, 1.0, 3.0]), torch.tensor([False, True, False]).numpy()
-    >>> filled(wide, 0, new, Mark(0, "mean"), None, torch.Generator()).tolist()
+    >>> filled(wide, 0, new, Mark(0, "mean"), None, lambda old, count: old[:count]).tolist()
     [1.0, 2.0, 3.0]
     """
     fresh = torch.from_numpy(new).to(value.device)
     scale = float(len(new) / (~new).sum()) ** (0.5 * mark.power)
     rows = value.movedim(dim, 0) * scale
     if mark.fill != "copy":
-        rows[fresh] = _fill(rows[~fresh], int(fresh.sum()), mark, gain, generator)
+        rows[fresh] = _fill(rows[~fresh], int(fresh.sum()), mark, gain, fresh_rows)
     turned: Tensor = rows.movedim(0, dim)
     return turned
 
@@ -72,11 +73,10 @@ def level(gain: Tensor) -> float:
 
 
 def _fill(
-    old: Tensor, count: int, mark: Mark, gain: Tensor | None, generator: torch.Generator
+    old: Tensor, count: int, mark: Mark, gain: Tensor | None, fresh_rows: FreshRows
 ) -> Tensor:
     if mark.fill == "fresh":
-        rows = orthogonal_rows(old.flatten(1), count, generator)
-        return rows.reshape(count, *old.shape[1:])
+        return fresh_rows(old.flatten(1), count).reshape(count, *old.shape[1:])
     if mark.fill == "mean":
         shape = (-1, *(1 for _ in old.shape[1:]))
         share = old if gain is None else old * (gain / level(gain)).reshape(shape)

@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+Length = Literal["typical", "smallest"]
 SIGNIFICANT = 1e-12
 """Of the largest eigenvalue of a Gram matrix; what is smaller is rounding."""
 
 
-def orthogonal_rows(present: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def orthogonal_rows(
+    present: Tensor, count: int, generator: torch.Generator, length: Length = "typical"
+) -> Tensor:
     """Rows orthogonal to each other and to those that are present, as far as there is room.
-
-    Each is as long as half the smallest singular value of the present ones (J. Dejaegher, *SVD
-    evolutive CNN*, 2021), so that the spectrum goes on where it ends.
 
     Args:
         present: ``[rows, columns]``.
         count: how many new ones.
         generator: of their directions.
+        length: of each: ``"typical"``, the root mean square of the present ones'; ``"smallest"``,
+            half their smallest singular value (J. Dejaegher, *SVD evolutive CNN*, 2021), so that
+            the spectrum goes on where it ends. One where all that is present is zero.
 
     Returns:
         ``[count, columns]``, of the type of ``present``.
 
     >>> rows = orthogonal_rows(torch.tensor([[2.0, 0.0, 0.0]]), 2, torch.Generator())
     >>> (rows @ rows.T).round(decimals=4).tolist()
-    [[1.0, 0.0], [0.0, 1.0]]
+    [[4.0, 0.0], [0.0, 4.0]]
     """
     old = present.detach().double()
     columns = old.shape[1]
-    span, length = _row_space(old)
+    span, smallest = _row_space(old)
+    size = smallest / 2 if length == "smallest" else float(old.square().sum(1).mean()) ** 0.5
     out = old.new_zeros(0, columns)
     while len(out) < count:
         if len(span) == columns:
@@ -40,19 +46,20 @@ def orthogonal_rows(present: Tensor, count: int, generator: torch.Generator) -> 
             drawn = drawn - drawn @ span.T @ span
         rows = torch.linalg.qr(drawn.T)[0].T
         out, span = torch.cat([out, rows]), torch.cat([span, rows])
-    return (length * out).to(present.dtype)
+    return ((size if len(old) and size else 1.0) * out).to(present.dtype)
 
 
 def _row_space(old: Tensor) -> tuple[Tensor, float]:
-    """An orthonormal basis of the rows, and half the smallest singular value (1 without any)."""
+    """An orthonormal basis of the rows, and their smallest singular value (0 without any)."""
     wide = len(old) <= old.shape[1]
     energies, vectors = torch.linalg.eigh(old @ old.T if wide else old.T @ old)
     good = energies > energies[-1:].clamp(min=1e-300) * SIGNIFICANT
     if not bool(good.any()):
-        return old[:0], 1.0
+        return old[:0], 0.0
     basis = vectors[:, good].T
-    smallest = float(energies[good][0]) ** 0.5
-    return (torch.linalg.qr((basis @ old).T)[0].T if wide else basis), smallest / 2
+    return (torch.linalg.qr((basis @ old).T)[0].T if wide else basis), float(
+        energies[good][0]
+    ) ** 0.5
 
 
 def shares(wide: Tensor, rank: Tensor, times: Tensor, generator: torch.Generator) -> Tensor:

@@ -16,7 +16,7 @@ from fxsvd.axes import Block
 from fxsvd.dependency import Dependencies
 from fxsvd.edits import Assign
 from fxsvd.growing.marks import Mark, filled
-from fxsvd.growing.rows import orthogonal_rows, shares
+from fxsvd.growing.rows import Length, orthogonal_rows, shares
 from fxsvd.narrowing import Mask
 from fxsvd.relations import Atoms
 from fxsvd.widening import Layout, Widening
@@ -38,6 +38,7 @@ class Growth:
         paired: channels that activations are multiplied over.
         init: what copies start with.
         generator: of what is drawn.
+        length: of rows that are orthogonal to those that are there.
         marks: what becomes of axes along which streams that norms run over are held.
     """
 
@@ -46,6 +47,7 @@ class Growth:
     paired: Mask
     init: Init
     generator: torch.Generator
+    length: Length = "typical"
     marks: Mapping[tuple[str, int], Mark] = field(default_factory=dict)
 
     def assigns(self) -> Iterator[Assign]:
@@ -109,7 +111,7 @@ class Growth:
             by_channel = numbers.new_zeros(self.deps.channels.count)
             by_channel[torch.from_numpy(self.deps.channels.of[block.atoms].ravel())] = numbers
             gain = by_channel[torch.from_numpy(layout.channels[~new])]
-        return filled(value, layout.dims[0], new, mark, gain, self.generator)
+        return filled(value, layout.dims[0], new, mark, gain, self._rows)
 
     def _again(self, name: str, layout: Layout) -> Mask:
         again = self._repeated.get(name, self._repeated.get(_weight_of(name)))
@@ -122,9 +124,12 @@ class Growth:
             return value
         turned = value.movedim(dim, 0)
         old = torch.from_numpy(np.flatnonzero(~new)).to(value.device)
-        rows = orthogonal_rows(turned[old].flatten(1), len(index), self.generator)
+        rows = self._rows(turned[old].flatten(1), len(index))
         fresh: Tensor = turned.index_copy(0, index, rows.reshape(-1, *turned.shape[1:]))
         return fresh.movedim(0, dim)
+
+    def _rows(self, present: Tensor, count: int) -> Tensor:
+        return orthogonal_rows(present, count, self.generator, self.length)
 
     @cached_property
     def _repeated(self) -> dict[str, Mask]:

@@ -1,0 +1,76 @@
+"""Twelve blocks on CIFAR-10: channels move to where they say more, against widths that stay.
+
+The network of 2.48 million parameters of *SVD evolutive CNN* (J. Dejaegher, 2021). One run keeps
+its widths. The other is brought to ``--budget`` parameters at the first resize, and from then on
+every resize lets channels go where they are worth least for what they cost and come where they
+promise most (``fxsvd.Balance``). Both take as many steps, with the same rates, from the same
+weights, on the same images. 5,000 training images are held out; the test set is looked at once for
+each of the two.
+
+    python examples/reproduce/evolve_cifar.py --data DIR [--steps 1400] [--seeds 1]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import data
+from evolutive import LAST_RATE, RATE, TASKS, Run
+from torch.nn import functional as F
+
+import fxsvd
+
+BATCHES, PAUSE = 4, 100  # of labelled images; steps in which a promise is to be kept
+CONSTANT, RESIZED = 0.5, 0.15  # shares of the steps: before the rate falls, before widths stay
+
+
+def main() -> None:
+    """Train with widths that stay and with widths that change, for every seed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--steps", type=int, default=1400, help="batches of 64 images")
+    parser.add_argument("--resizes", type=int, default=3)
+    parser.add_argument("--budget", type=int, default=2_190_000, help="parameters, at most")
+    parser.add_argument("--most", type=float, default=0.5, help="of a space's channels, each time")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--only", choices=["fixed", "evolved"])
+    options = data.parse(parser)
+    for seed in range(options.seeds):
+        for kind in ("fixed", "evolved"):
+            if options.only in (None, kind):
+                _one(kind, seed, options)
+
+
+def _one(kind: str, seed: int, options: argparse.Namespace) -> None:
+    start = time.perf_counter()
+    run = Run(TASKS["cifar10"], options.data, options.work, seed=seed)
+    for _ in range(options.resizes if kind == "evolved" else 0):
+        run.train(int(RESIZED * options.steps / options.resizes))
+        _resize(run, options)
+    run.train(int(CONSTANT * options.steps) - run.steps)
+    run.train(options.steps - run.steps, end=LAST_RATE)
+    held, minutes = run.right(run.evolver.model.eval()), (time.perf_counter() - start) / 60
+    print(
+        f"seed {seed}, {kind}: {run.size} parameters, {run.steps} steps, {held:.2f} % held out, "
+        f"{run.test():.2f} % test, {minutes:.0f} minutes",
+        flush=True,
+    )
+
+
+def _resize(run: Run, options: argparse.Namespace) -> None:
+    batches = [run.batch() for _ in range(BATCHES)]
+    balance = fxsvd.Balance(
+        options.budget,
+        F.cross_entropy,
+        batches,
+        rate=PAUSE * RATE,
+        most=options.most,
+    )
+    for step in balance(run.evolver.model, run.steps):
+        print(run.evolver.resize(step, step=run.steps), flush=True)
+    spaces = fxsvd.analyze(run.evolver.model).spaces
+    print({space.name: space.width for space in spaces}, flush=True)
+
+
+if __name__ == "__main__":
+    main()
