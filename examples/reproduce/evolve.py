@@ -3,9 +3,10 @@
 MNIST: six blocks, 1,971,308 parameters; Fashion-MNIST: six blocks, 476,370. Every so many steps all
 spaces are narrowed by ``Select``, refitted to what their readers computed on training images; a
 resize that costs more than one point of accuracy is undone, and half as much tried next. At
-``--target`` parameters the network is trained on. With ``--floor`` it is shrunk further and
-further, and what had that accuracy last, once trained, is kept. Steered by 5,000 training images
-that are held out; the test set is looked at once for each of the two sizes.
+``--target`` parameters the network is trained on, and kept in WORK. With ``--floor`` it is shrunk
+further and further, and what had that accuracy last, once trained, is shown; this can be repeated
+from what WORK holds. Steered by 5,000 training images that are held out; the test set is looked at
+once for each of the two sizes.
 
     python examples/reproduce/evolve.py mnist --data DIR --target 12500 --floor 98.5
     python examples/reproduce/evolve.py fashion_mnist --data DIR --target 250000 --floor 90
@@ -19,12 +20,15 @@ import time
 from typing import Any
 
 import data
-from evolutive import TASKS, Run
+import torch
+from evolutive import BATCH, TASKS, Run
+from torch.nn import functional as F
 
 import fxsvd
 from fxsvd.passes import Select
 
 CALIBRATION = 1000
+SLICE = 0.95  # of the parameters, what a resize of the search leaves
 MARGIN = 0.1  # points above the floor on the images held out: the test set differs by chance
 
 
@@ -68,22 +72,32 @@ class Shrinking:
         return event
 
 
-def smallest(run: Run, shrinking: Shrinking, options: argparse.Namespace) -> None:
+def smallest(run: Run, options: argparse.Namespace) -> None:
     """Shrink until the accuracy cannot be held any more, and go back to what had it last.
 
-    Few channels say much each: here a resize may cost what training then wins back.
+    Few channels say much each, and not alike: ``fxsvd.Balance`` lets those go that are worth least
+    for what they cost. Here a resize may cost what training then wins back.
     """
-    goal = run.size
+    run.evolver.max_loss_increase = options.allowed / 100
     while True:
-        run.evolver.max_loss_increase = options.allowed / 100
-        goal = int(goal * options.step)
         known = copy.deepcopy(run.evolver.state_dict())
-        reached = shrinking.until(goal)
+        goal = int(run.size * options.step)
+        while run.size > goal and _lighter(run, max(goal, int(SLICE * run.size))):
+            run.train(options.pause)
         right = run.finish(options.epochs)
         print(f"{run.size} parameters: {right:.2f} % of those held out", flush=True)
-        if not reached or right < options.floor + MARGIN:
+        if run.size > goal or right < options.floor + MARGIN:
             run.restore(known)
             return
+
+
+def _lighter(run: Run, budget: int) -> bool:
+    """Whether the network came within a budget."""
+    labelled = [run.batch() for _ in range(CALIBRATION // BATCH)]
+    balance = fxsvd.Balance(budget, F.cross_entropy, labelled)
+    for step in balance(run.evolver.model, run.steps):
+        print(run.evolver.resize(step, step=run.steps), flush=True)
+    return run.size <= budget
 
 
 def main() -> None:
@@ -102,13 +116,17 @@ def main() -> None:
     start = time.perf_counter()
     run = Run(TASKS[options.task], options.data, options.work)
     print(f"{run.size} parameters")
-    run.train(options.first)
-    shrinking = Shrinking(run, options.ratio, options.pause)
-    shrinking.until(options.target)
-    print(f"{run.finish(options.epochs):.2f} % of those held out")
+    trained = options.work / f"evolve-{options.task}-{options.target}.pt"
+    if trained.exists():
+        run.restore(torch.load(trained, weights_only=False))
+    else:
+        run.train(options.first)
+        Shrinking(run, options.ratio, options.pause).until(options.target)
+        print(f"{run.finish(options.epochs):.2f} % of those held out")
+        torch.save(run.evolver.state_dict(), trained)
     _show(run, start)
     if options.floor is not None:
-        smallest(run, shrinking, options)
+        smallest(run, options)
         _show(run, start)
 
 
