@@ -21,14 +21,13 @@ from typing import Any
 
 import data
 import torch
-from evolutive import BATCH, TASKS, Run
-from torch.nn import functional as F
+from evolutive import TASKS, Run
 
 import fxsvd
+from fxsvd.cost import parameters
 from fxsvd.passes import Select
 
 CALIBRATION = 1000
-SLICE = 0.95  # of the parameters, what a resize of the search leaves
 MARGIN = 0.1  # points above the floor on the images held out: the test set differs by chance
 
 
@@ -66,8 +65,7 @@ class Shrinking:
     def _resize(self, ratio: Any) -> fxsvd.Event:
         start = time.perf_counter()
         images = self.run.samples(CALIBRATION)
-        select = Select(ratio=ratio, chaining="top-down")
-        event = self.run.evolver.resize(select, data=images, step=self.run.steps)
+        event = self.run.evolver.resize(_select(ratio), data=images, step=self.run.steps)
         print(f"{event}, {time.perf_counter() - start:.1f} s", flush=True)
         return event
 
@@ -75,29 +73,46 @@ class Shrinking:
 def smallest(run: Run, options: argparse.Namespace) -> None:
     """Shrink until the accuracy cannot be held any more, and go back to what had it last.
 
-    Few channels say much each, and not alike: ``fxsvd.Balance`` lets those go that are worth least
-    for what they cost. Here a resize may cost what training then wins back.
+    Few channels say much each, and not alike: one goes at a time, from the space where that costs
+    least for what it saves, tried out on the held-out images. What it costs, training wins back.
     """
     run.evolver.max_loss_increase = options.allowed / 100
     while True:
         known = copy.deepcopy(run.evolver.state_dict())
         goal = int(run.size * options.step)
-        while run.size > goal and _lighter(run, max(goal, int(SLICE * run.size))):
+        while run.size > goal:
+            one, images = _select(_cheapest(run)), run.samples(CALIBRATION)
+            print(run.evolver.resize(one, data=images, step=run.steps), flush=True)
             run.train(options.pause)
         right = run.finish(options.epochs)
         print(f"{run.size} parameters: {right:.2f} % of those held out", flush=True)
-        if run.size > goal or right < options.floor + MARGIN:
+        if right < options.floor + MARGIN:
             run.restore(known)
             return
 
 
-def _lighter(run: Run, budget: int) -> bool:
-    """Whether the network came within a budget."""
-    labelled = [run.batch() for _ in range(CALIBRATION // BATCH)]
-    balance = fxsvd.Balance(budget, F.cross_entropy, labelled)
-    for step in balance(run.evolver.model, run.steps):
-        print(run.evolver.resize(step, step=run.steps), flush=True)
-    return run.size <= budget
+def _select(ratio: Any) -> Select:
+    return Select(ratio=ratio, chaining="top-down")
+
+
+def _cheapest(run: Run) -> dict[str, float]:
+    """One channel of the space that loses least accuracy for the parameters that it saves."""
+    model, images = run.evolver.model.eval(), run.samples(CALIBRATION)
+    right, prices = run.right(model), dict[tuple[str, int], float]()
+    for space in fxsvd.analyze(model).spaces:
+        if space.frozen is None and space.width > 1:
+            small = fxsvd.compile(
+                model,
+                run.held[0][:2],
+                passes=[_select({space.name: 1 / space.width})],
+                data=images,
+                verify=False,
+                progress=False,
+            )
+            saved = run.size - parameters(small)
+            prices[space.name, space.width] = (right - run.right(small.eval())) / max(saved, 1)
+    name, width = min(prices, key=lambda key: prices[key])
+    return {name: 1 / width}
 
 
 def main() -> None:
@@ -106,7 +121,7 @@ def main() -> None:
     parser.add_argument("task", choices=["mnist", "fashion_mnist"])
     parser.add_argument("--target", type=int, required=True, help="parameters, at most")
     parser.add_argument("--floor", type=float, help="of the accuracy, for the smallest network")
-    parser.add_argument("--allowed", type=float, default=5, help="points, below the target")
+    parser.add_argument("--allowed", type=float, default=20, help="points, below the target")
     parser.add_argument("--step", type=float, default=0.8, help="from a size to the next below")
     parser.add_argument("--ratio", type=float, default=0.25, help="of the channels, each time")
     parser.add_argument("--pause", type=int, default=150, help="steps from one time to the next")

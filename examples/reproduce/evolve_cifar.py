@@ -21,17 +21,17 @@ from torch.nn import functional as F
 
 import fxsvd
 
-BATCHES, PAUSE = 4, 100  # of labelled images; steps in which a promise is to be kept
-CONSTANT, RESIZED = 0.5, 0.15  # shares of the steps: before the rate falls, before widths stay
+BATCHES = 4  # of labelled images
+CONSTANT = 0.5  # share of the steps before the rate falls; the last resize is then
 
 
 def main() -> None:
     """Train with widths that stay and with widths that change, for every seed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=1400, help="batches of 64 images")
-    parser.add_argument("--resizes", type=int, default=3)
+    parser.add_argument("--resizes", type=int, default=4)
     parser.add_argument("--budget", type=int, default=2_190_000, help="parameters, at most")
-    parser.add_argument("--most", type=float, default=0.5, help="of a space's channels, each time")
+    parser.add_argument("--most", type=float, default=0.3, help="of a space's channels, each time")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--only", choices=["fixed", "evolved"])
     options = data.parse(parser)
@@ -44,10 +44,11 @@ def main() -> None:
 def _one(kind: str, seed: int, options: argparse.Namespace) -> None:
     start = time.perf_counter()
     run = Run(TASKS["cifar10"], options.data, options.work, seed=seed)
-    for _ in range(options.resizes if kind == "evolved" else 0):
-        run.train(int(RESIZED * options.steps / options.resizes))
-        _resize(run, options)
-    run.train(int(CONSTANT * options.steps) - run.steps)
+    pause = int(CONSTANT * options.steps / options.resizes)
+    for _ in range(options.resizes):
+        run.train(pause)
+        if kind == "evolved":
+            _resize(run, options, pause)
     run.train(options.steps - run.steps, end=LAST_RATE)
     held, minutes = run.right(run.evolver.model.eval()), (time.perf_counter() - start) / 60
     print(
@@ -57,13 +58,13 @@ def _one(kind: str, seed: int, options: argparse.Namespace) -> None:
     )
 
 
-def _resize(run: Run, options: argparse.Namespace) -> None:
+def _resize(run: Run, options: argparse.Namespace, pause: int) -> None:
     batches = [run.batch() for _ in range(BATCHES)]
     balance = fxsvd.Balance(
         options.budget,
         F.cross_entropy,
         batches,
-        rate=PAUSE * RATE,
+        rate=pause * RATE,
         most=options.most,
     )
     for step in balance(run.evolver.model, run.steps):
