@@ -28,6 +28,7 @@ from fxsvd.cost import parameters
 from fxsvd.passes import Select
 
 CALIBRATION = 1000
+FAR = 0.9  # of the size to be reached
 MARGIN = 0.1  # points above the floor on the images held out: the test set differs by chance
 
 
@@ -81,8 +82,12 @@ def smallest(run: Run, options: argparse.Namespace) -> None:
         known = copy.deepcopy(run.evolver.state_dict())
         goal = int(run.size * options.step)
         while run.size > goal:
-            one, images = _select(_cheapest(run)), run.samples(CALIBRATION)
-            print(run.evolver.resize(one, data=images, step=run.steps), flush=True)
+            one, images = _select(_cheapest(run, goal)), run.samples(CALIBRATION)
+            event = run.evolver.resize(one, data=images, step=run.steps)
+            print(event, flush=True)
+            if event.undone:
+                run.restore(known)
+                return
             run.train(options.pause)
         right = run.finish(options.epochs)
         print(f"{run.size} parameters: {right:.2f} % of those held out", flush=True)
@@ -95,10 +100,13 @@ def _select(ratio: Any) -> Select:
     return Select(ratio=ratio, chaining="top-down")
 
 
-def _cheapest(run: Run) -> dict[str, float]:
-    """One channel of the space that loses least accuracy for the parameters that it saves."""
+def _cheapest(run: Run, goal: int) -> dict[str, float]:
+    """One channel of the space that loses least accuracy for the parameters that it saves.
+
+    A channel of the stream may be half the network: what goes far below the goal comes last.
+    """
     model, images = run.evolver.model.eval(), run.samples(CALIBRATION)
-    right, prices = run.right(model), dict[tuple[str, int], float]()
+    right, prices = run.right(model), dict[tuple[bool, float], Any]()
     for space in fxsvd.analyze(model).spaces:
         if space.frozen is None and space.width > 1:
             small = fxsvd.compile(
@@ -109,10 +117,11 @@ def _cheapest(run: Run) -> dict[str, float]:
                 verify=False,
                 progress=False,
             )
-            saved = run.size - parameters(small)
-            prices[space.name, space.width] = (right - run.right(small.eval())) / max(saved, 1)
-    name, width = min(prices, key=lambda key: prices[key])
-    return {name: 1 / width}
+            left = parameters(small)
+            price = (right - run.right(small.eval())) / max(run.size - left, 1)
+            prices[left < FAR * goal, price] = {space.name: 1 / space.width}
+    cheapest: dict[str, float] = prices[min(prices)]
+    return cheapest
 
 
 def main() -> None:
