@@ -338,7 +338,7 @@ def test_without_loss_or_data_it_is_refused(lacking: str) -> None:
 
 
 def test_gradients_are_normal_numbers() -> None:
-    """Others cost a processor fifty times as much; the smallest there is, times a gradient, is."""
+    """Those below cost a processor ten times as much, at every step until a channel has learnt."""
     net = nn.Sequential(nn.Linear(4, 3), nn.LeakyReLU(0.2), nn.Linear(3, 2))
     inputs, target = torch.randn(8, 4), torch.randn(8, 2)
     grow = Widen(to={"0": 6}, init="gradient", loss=F.mse_loss, data=[(inputs, target)])

@@ -39,13 +39,12 @@ class Shrinking:
         self.run, self.pause = run, pause
         self.first = self.ratio = ratio
 
-    def until(self, target: int, resizes: int = 60) -> bool:
-        """Shrink and train in turns; whether the target was reached."""
+    def until(self, target: int, resizes: int = 60) -> None:
+        """Shrink and train in turns, so often at most."""
         while self.run.size > target and resizes:
             self._together(target) if self.ratio > self.first / 8 else self._apart(target)
             self.run.train(self.pause)
             resizes -= 1
-        return self.run.size <= target
 
     def _together(self, target: int) -> None:
         needed = 1 - (target / self.run.size) ** 0.5  # parameters go with the square of the widths

@@ -12,12 +12,11 @@ more for a step, two seconds for a resize.
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+from calibration import seconds
 from evolutive import BATCH, TASKS
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,13 +31,6 @@ RESIZES: dict[str, Any] = {
     "Widen(ratio=0.1)": Widen(ratio=0.1),
     "Select(ratio=0.1), 1,000 images": Select(ratio=0.1),
 }
-
-
-def seconds(run: Callable[[], object]) -> float:
-    """CPU seconds of a call, over all threads."""
-    start = time.process_time()
-    run()
-    return time.process_time() - start
 
 
 def evolver(images: Tensor, **options: Any) -> fxsvd.Evolver:

@@ -98,7 +98,7 @@ def opened(
 
     Biases start a little above zero: there a ReLU passes gradients on. Nothing changes by so
     little, and it is far enough from the smallest normal number for products with gradients to be
-    normal numbers, too: others cost a processor fifty times as much.
+    normal numbers, too: others cost a processor ten times as much.
 
     Args:
         widening: how often each channel is there.

@@ -35,7 +35,7 @@ def orthogonal_rows(
     old = present.detach().double()
     columns = old.shape[1]
     span, smallest = _row_space(old)
-    size = smallest / 2 if length == "smallest" else float(old.square().sum(1).mean()) ** 0.5
+    size = smallest / 2 if length == "smallest" else float(old.norm()) / max(len(old), 1) ** 0.5
     out = old.new_zeros(0, columns)
     while len(out) < count:
         if len(span) == columns:
@@ -46,7 +46,7 @@ def orthogonal_rows(
             drawn = drawn - drawn @ span.T @ span
         rows = torch.linalg.qr(drawn.T)[0].T
         out, span = torch.cat([out, rows]), torch.cat([span, rows])
-    return ((size if len(old) and size else 1.0) * out).to(present.dtype)
+    return ((size or 1.0) * out).to(present.dtype)
 
 
 def _row_space(old: Tensor) -> tuple[Tensor, float]:
@@ -57,9 +57,8 @@ def _row_space(old: Tensor) -> tuple[Tensor, float]:
     if not bool(good.any()):
         return old[:0], 0.0
     basis = vectors[:, good].T
-    return (torch.linalg.qr((basis @ old).T)[0].T if wide else basis), float(
-        energies[good][0]
-    ) ** 0.5
+    smallest = float(energies[good][0]) ** 0.5
+    return (torch.linalg.qr((basis @ old).T)[0].T if wide else basis), smallest
 
 
 def shares(wide: Tensor, rank: Tensor, times: Tensor, generator: torch.Generator) -> Tensor:
