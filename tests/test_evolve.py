@@ -129,7 +129,7 @@ def test_what_is_turned_into_another_basis_forgets_its_moments() -> None:
     assert remembered == {"3.weight", "3.bias"}
 
 
-def test_copies_start_without_momentum_and_with_second_moments() -> None:
+def test_copies_start_without_momentum_and_with_some_of_the_second_moments() -> None:
     evolver, optimizer = made()
     train(evolver.model, optimizer, range(4))
     old = copy.deepcopy(optimizer.state[evolver.model.a.weight])
@@ -137,9 +137,34 @@ def test_copies_start_without_momentum_and_with_second_moments() -> None:
     new = optimizer.state[evolver.model.a.weight]
     copies = torch.tensor([i > 0 and k == edit.keep[i - 1] for i, k in enumerate(edit.keep)])
     assert int(copies.sum()) == 4
-    assert torch.equal(new["exp_avg_sq"], old["exp_avg_sq"][list(edit.keep)])
+    squares = old["exp_avg_sq"][list(edit.keep)]
+    assert torch.equal(new["exp_avg_sq"][~copies], squares[~copies])
+    assert torch.allclose(new["exp_avg_sq"][copies], squares[copies] * 0.01, rtol=1e-12)
     assert torch.equal(new["exp_avg"][~copies], old["exp_avg"])
     assert not new["exp_avg"][copies].any()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("beta", [0.9, 0.5])
+def test_the_first_step_of_a_new_weight_is_as_long_as_the_rate(kind: Any, beta: float) -> None:
+    rate = 1e-3
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double()
+    options = {"weight_decay": 0} if kind is torch.optim.AdamW else {}
+    optimizer = kind(net.parameters(), rate, betas=(beta, 0.9999), **options)
+    evolver = fxsvd.Evolver(net, torch.randn(5, 3).double(), optimizer)
+
+    def step() -> None:
+        for parameter in evolver.model.parameters():
+            parameter.grad = torch.full_like(parameter, 7.0)
+        optimizer.step()
+
+    for _ in range(2000):
+        step()
+    evolver.resize(Widen(to=7, only="0", init="split"))
+    before = evolver.model.get_submodule("1").weight.detach().clone()
+    step()
+    moved = before - evolver.model.get_submodule("1").weight.detach()
+    assert torch.allclose(moved, torch.full_like(moved, rate), rtol=0.05)
 
 
 def held_out(net: nn.Module) -> Tensor:

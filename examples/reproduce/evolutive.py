@@ -38,6 +38,7 @@ class Task:
         blocks: channels before, inside and after each block.
         pooled: the blocks with a max-pool behind them.
         flipped: whether a mirrored image is as good.
+        half: whether layers compute in bfloat16 in training (under autocast).
     """
 
     dataset: str
@@ -46,6 +47,7 @@ class Task:
     blocks: Widths
     pooled: tuple[int, ...]
     flipped: bool = False
+    half: bool = False
 
     def network(self, blocks: Widths | None = None) -> nn.Module:
         """A new one, of other widths where they are given."""
@@ -96,6 +98,7 @@ TASKS = {
         ),
         pooled=(2, 5, 8),
         flipped=True,
+        half=True,
     ),
 }
 
@@ -206,7 +209,9 @@ class Run:
             for group in optimizer.param_groups:
                 group["lr"] = begin + (end - begin) * step / steps
             inputs, labels = self.batch()
-            loss = F.cross_entropy(model(inputs), labels)
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.task.half):
+                outputs = model(inputs)
+            loss = F.cross_entropy(outputs.float(), labels)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -2,9 +2,11 @@
 
 What an optimizer remembers of a parameter (momentum, Adam's moments) has its shape and is resized
 with it. Where channels are only kept, that is exact: a kept column multiplies the activation that
-it did, so its gradient is what it was. A copy inherits second moments, lest its first step be a
-leap, and starts without momentum. In another basis (a rotation) second moments have no counterpart:
-there, everything is forgotten.
+it did, so its gradient is what it was. A copy starts without momentum; of second moments it
+inherits what makes its first step as long as the first one that Adam ever takes. (All of them would
+hold it back: a new weight's gradients are not those of the weight that it stands beside. Without
+any it would leap, for Adam counts steps by parameter, not by number.) In another basis (a rotation)
+second moments have no counterpart: there, everything is forgotten.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ from fxsvd.widening import Resizing, Widening, resizing
 
 POWERS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf", "acc_delta", "step_size")
 """What optimizers of torch call running means, sums and maxima of squares or magnitudes."""
+
+ORDERS = {"exp_avg_sq": 2, "max_exp_avg_sq": 2, "exp_inf": 1}
+"""Those that Adam and its kin divide momentum by, and what power of a gradient they are."""
 
 REFUSED: dict[type[Optimizer], str] = {
     torch.optim.LBFGS: "its history is of all parameters in one vector",
@@ -86,13 +91,16 @@ def carry(
     turned = {value.parameter for value in plan.values if value.turned}
     for group in optimizer.param_groups:
         params: list[Any] = []
+        first = 1 - group["betas"][0] if "betas" in group else 1.0
         for parameter in group["params"]:
             name = names[id(parameter)]
             state = optimizer.state.pop(parameter, None)
             if name in after:
                 params.append(after[name])
                 if state and name not in turned:
-                    optimizer.state[after[name]] = _carried(state, parameter, known.get(name), how)
+                    optimizer.state[after[name]] = _carried(
+                        state, parameter, known.get(name), how, first
+                    )
             params += joining.get(name, [])
         group["params"] = params
         _begin(optimizer, group)
@@ -149,13 +157,17 @@ def _begin(optimizer: Optimizer, group: dict[str, Any]) -> None:
 
 
 def _carried(
-    state: Mapping[str, Any], parameter: Tensor, known: Parameter | None, how: Resizing
+    state: Mapping[str, Any],
+    parameter: Tensor,
+    known: Parameter | None,
+    how: Resizing,
+    first: float,
 ) -> dict[str, Any]:
-    """The state of a parameter, resized as it was."""
+    """A parameter's state, resized as it was; `first` is the share of a gradient in momentum."""
     if known is None or not how.touches(known.type):
         return dict(state)
     return {
-        key: _resized(key, value, known, how)
+        key: _resized(key, value, known, how, first)
         if isinstance(value, Tensor) and value.shape == parameter.shape
         else value
         for key, value in state.items()
@@ -163,11 +175,13 @@ def _carried(
 
 
 @torch.no_grad()
-def _resized(key: str, value: Tensor, known: Parameter, how: Resizing) -> Tensor:
+def _resized(key: str, value: Tensor, known: Parameter, how: Resizing, first: float) -> Tensor:
     if not isinstance(how, Widening):
         return how.narrow(value, known.type)
-    wide = how.spread(value, known.type)
-    return wide if key in POWERS else wide.masked_fill(copies(how, known).to(wide.device), 0)
+    wide, new = how.spread(value, known.type), copies(how, known).to(value.device)
+    if key in POWERS:
+        return torch.where(new, wide * first ** ORDERS.get(key, 0), wide)
+    return wide.masked_fill(new, 0)
 
 
 def copies(how: Widening, known: Parameter) -> Tensor:
