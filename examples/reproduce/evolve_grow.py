@@ -1,9 +1,10 @@
 """A network that is too small grows while it trains, against one that has its final size at once.
 
 MNIST, the six blocks of *SVD evolutive CNN* (J. Dejaegher, 2021) with two or three channels each.
-Every growth adds half as many channels again and computes what the network did before; the network
-of fixed widths trains for as many multiply-accumulates in all. Both have the same rate over their
-own time. The test set is looked at once for each of the two.
+Every growth adds half as many channels again (the last one a quarter) and computes what the network
+did before. A network that has the widths that come of it from its first step trains for as many
+multiply-accumulates in all. Both have the same rate over their own time. The test set is looked at
+once for each of the two.
 
     python examples/reproduce/evolve_grow.py --data DIR [--seeds 3]
 """
@@ -23,23 +24,21 @@ RATIOS = (0.5, 0.5, 0.25)
 
 
 def main() -> None:
-    """Grow, and train at the final size from the start, for every seed."""
+    """Grow, and train at the final widths from the start, for every seed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=float, default=10, help="of the fixed widths")
+    parser.add_argument("--epochs", type=float, default=3, help="of compute, at the final size")
     parser.add_argument("--init", default="orthogonal", choices=["orthogonal", "split"])
     parser.add_argument("--shares", type=float, nargs=3, default=(0.01, 0.02, 0.05))
     options = data.parse(parser)
-    final = _final_widths(options)
     for seed in range(options.seeds):
-        run = Run(TASKS["mnist"], options.data, options.work, final, seed)
-        steps = int(options.epochs * len(run.images) / BATCH)
-        work = steps * _macs(run)
-        run.train(steps, end=LAST_RATE)
-        _show(f"seed {seed}, fixed", run)
         run = Run(TASKS["mnist"], options.data, options.work, SMALL, seed)
+        work = int(options.epochs * len(run.images) / BATCH) * _final_macs(options)
         _grow(run, work, options)
         _show(f"seed {seed}, grown", run)
+        run = Run(TASKS["mnist"], options.data, options.work, _widths(run), seed)
+        run.train(work // _macs(run), end=LAST_RATE)
+        _show(f"seed {seed}, fixed", run)
 
 
 def _show(what: str, run: Run) -> None:
@@ -53,7 +52,7 @@ def _macs(run: Run) -> int:
     return cost.measure(run.evolver.model).macs
 
 
-def _grow(run: Run, work: float, options: argparse.Namespace) -> None:
+def _grow(run: Run, work: int, options: argparse.Namespace) -> None:
     """Train and grow in turns, for so many steps times multiply-accumulates in all."""
     for share, ratio in zip(options.shares, RATIOS, strict=True):
         run.train(int(share * work / _macs(run)))
@@ -62,15 +61,19 @@ def _grow(run: Run, work: float, options: argparse.Namespace) -> None:
     run.train(int((1 - sum(options.shares)) * work / _macs(run)), end=LAST_RATE)
 
 
-def _final_widths(options: argparse.Namespace) -> Widths:
+def _final_macs(options: argparse.Namespace) -> int:
     run = Run(TASKS["mnist"], options.data, options.work, SMALL)
     for ratio in RATIOS:
         run.evolver.resize(Widen(ratio=ratio))
-    wide = [
+    return _macs(run)
+
+
+def _widths(run: Run) -> Widths:
+    blocks = [
         (block.get_submodule("one").weight, block.get_submodule("two").weight)
         for block in run.evolver.model.get_submodule("blocks").children()
     ]
-    return tuple((one.shape[1], one.shape[0], two.shape[0]) for one, two in wide)
+    return tuple((one.shape[1], one.shape[0], two.shape[0]) for one, two in blocks)
 
 
 if __name__ == "__main__":
