@@ -2,11 +2,12 @@
 
 What an optimizer remembers of a parameter (momentum, Adam's moments) has its shape and is resized
 with it. Where channels are only kept, that is exact: a kept column multiplies the activation that
-it did, so its gradient is what it was. A copy starts without momentum; of second moments it
-inherits what makes its first step as long as the first one that Adam ever takes. (All of them would
-hold it back: a new weight's gradients are not those of the weight that it stands beside. Without
-any it would leap, for Adam counts steps by parameter, not by number.) In another basis (a rotation)
-second moments have no counterpart: there, everything is forgotten.
+it did, so its gradient is what it was. Copies start without a past. Adam and its kin correct their
+means for the start by a parameter's number of steps, in which old and new numbers share: there, a
+few steps are counted, and old means are weighed as if they came of those. New numbers then make
+first steps as long as the rate, as they would in a new optimizer; with means of others they would
+be held back, and with many steps counted they would leap. In another basis (a rotation) second
+moments have no counterpart: there, everything is forgotten.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from fxsvd.edits import Plan
 from fxsvd.errors import FxsvdError
 from fxsvd.widening import Resizing, Widening, resizing
 
-POWERS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf", "acc_delta", "step_size")
-"""What optimizers of torch call running means, sums and maxima of squares or magnitudes."""
+INHERITED = ("square_avg", "sum", "acc_delta", "step_size")
+"""What optimizers that correct nothing for the start divide by: without it, a number would leap."""
 
-ORDERS = {"exp_avg_sq": 2, "max_exp_avg_sq": 2, "exp_inf": 1}
-"""Those that Adam and its kin divide momentum by, and what power of a gradient they are."""
+MEANS = {"exp_avg": 0, "exp_avg_sq": 1, "max_exp_avg_sq": 1}
+"""What Adam and its kin correct for the start, and by which of their ``betas``."""
 
 REFUSED: dict[type[Optimizer], str] = {
     torch.optim.LBFGS: "its history is of all parameters in one vector",
@@ -91,16 +92,14 @@ def carry(
     turned = {value.parameter for value in plan.values if value.turned}
     for group in optimizer.param_groups:
         params: list[Any] = []
-        first = 1 - group["betas"][0] if "betas" in group else 1.0
         for parameter in group["params"]:
             name = names[id(parameter)]
             state = optimizer.state.pop(parameter, None)
             if name in after:
                 params.append(after[name])
                 if state and name not in turned:
-                    optimizer.state[after[name]] = _carried(
-                        state, parameter, known.get(name), how, first
-                    )
+                    carried = _carried(state, parameter, known.get(name), how, group.get("betas"))
+                    optimizer.state[after[name]] = carried
             params += joining.get(name, [])
         group["params"] = params
         _begin(optimizer, group)
@@ -161,27 +160,44 @@ def _carried(
     parameter: Tensor,
     known: Parameter | None,
     how: Resizing,
-    first: float,
+    betas: tuple[float, float] | None,
 ) -> dict[str, Any]:
-    """A parameter's state, resized as it was; `first` is the share of a gradient in momentum."""
+    """The state of a parameter, resized as it was."""
     if known is None or not how.touches(known.type):
         return dict(state)
-    return {
-        key: _resized(key, value, known, how, first)
+    out = {
+        key: _resized(key, value, known, how)
         if isinstance(value, Tensor) and value.shape == parameter.shape
         else value
         for key, value in state.items()
     }
+    return _begun(out, betas) if betas and isinstance(how, Widening) else out
 
 
 @torch.no_grad()
-def _resized(key: str, value: Tensor, known: Parameter, how: Resizing, first: float) -> Tensor:
+def _resized(key: str, value: Tensor, known: Parameter, how: Resizing) -> Tensor:
     if not isinstance(how, Widening):
         return how.narrow(value, known.type)
-    wide, new = how.spread(value, known.type), copies(how, known).to(value.device)
-    if key in POWERS:
-        return torch.where(new, wide * first ** ORDERS.get(key, 0), wide)
-    return wide.masked_fill(new, 0)
+    wide = how.spread(value, known.type)
+    new = copies(how, known).to(wide.device)
+    return wide if key in INHERITED else wide.masked_fill(new, 0)
+
+
+def _begun(state: dict[str, Any], betas: tuple[float, float]) -> dict[str, Any]:
+    """Adam's state as if of a few steps, as many as momentum remembers, with the same means.
+
+    >>> state = _begun({"step": torch.tensor(500.0), "exp_avg": torch.ones(1)}, (0.9, 0.999))
+    >>> state["step"], state["exp_avg"]  # 1 - 0.9 ** 10
+    (tensor(10.), tensor([0.6513]))
+    """
+    steps, few = float(state["step"]), round(1 / (1 - betas[0]))
+    if steps <= few:
+        return state
+    out = {**state, "step": torch.full_like(torch.as_tensor(state["step"]), few)}
+    for key, which in MEANS.items():
+        if key in state and not (key == "exp_avg" and "mu_product" in state):  # NAdam's own
+            out[key] = state[key] * (1 - betas[which] ** few) / (1 - betas[which] ** steps)
+    return out
 
 
 def copies(how: Widening, known: Parameter) -> Tensor:
