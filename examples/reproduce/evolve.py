@@ -21,7 +21,7 @@ from typing import Any
 
 import data
 import torch
-from evolutive import TASKS, Run
+from evolutive import RATE, TASKS, Run
 
 import fxsvd
 from fxsvd.cost import parameters
@@ -30,6 +30,7 @@ from fxsvd.passes import Select
 CALIBRATION = 1000
 FAR = 0.9  # of the size to be reached
 MARGIN = 0.1  # points above the floor on the images held out: the test set differs by chance
+GENTLE = RATE / 4  # few channels, once trained to the end, do not bear the first rate any more
 
 
 class Shrinking:
@@ -87,8 +88,8 @@ def smallest(run: Run, options: argparse.Namespace) -> None:
             if event.undone:
                 run.restore(known)
                 return
-            run.train(options.pause)
-        right = run.finish(options.epochs)
+            run.train(options.pause, GENTLE, GENTLE)
+        right = run.finish(options.epochs, GENTLE)
         print(f"{run.size} parameters: {right:.2f} % of those held out", flush=True)
         if right < options.floor + MARGIN:
             run.restore(known)
