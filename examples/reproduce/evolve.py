@@ -22,15 +22,18 @@ from typing import Any
 import data
 import torch
 from evolutive import RATE, TASKS, Run
+from torch.nn import functional as F
 
 import fxsvd
+from fxsvd.compile import Pass
 from fxsvd.cost import parameters
 from fxsvd.passes import Select
 
 CALIBRATION = 1000
-FAR = 0.9  # of the size to be reached
+BATCHES = 8  # of labelled images, for new channels
+FULL, FILLS = 0.95, 8  # what of a size has to be used, and how often channels may come for that
 MARGIN = 0.1  # points above the floor on the images held out: the test set differs by chance
-GENTLE = RATE / 4  # few channels, once trained to the end, do not bear the first rate any more
+GENTLE = RATE / 2  # few channels, once trained to the end, do not bear the first rate any more
 
 
 class Shrinking:
@@ -75,20 +78,21 @@ def smallest(run: Run, options: argparse.Namespace) -> None:
     """Shrink until the accuracy cannot be held any more, and go back to what had it last.
 
     Few channels say much each, and not alike: one goes at a time, from the space where that costs
-    least for what it saves, tried out on the held-out images. What it costs, training wins back.
+    least for what it saves, tried out on the held-out images. A channel of the stream may be half
+    the network: what is then free below the goal goes to channels inside the blocks. What either
+    costs, training wins back.
     """
-    run.evolver.max_loss_increase = options.allowed / 100
+    run.evolver.max_loss_increase = float("inf")
     while True:
         known = copy.deepcopy(run.evolver.state_dict())
         goal = int(run.size * options.step)
         while run.size > goal:
-            one, images = _select(_cheapest(run, goal)), run.samples(CALIBRATION)
-            event = run.evolver.resize(one, data=images, step=run.steps)
-            print(event, flush=True)
-            if event.undone:
-                run.restore(known)
-                return
+            _resize(run, _select(_cheapest(run)), run.samples(CALIBRATION))
             run.train(options.pause, GENTLE, GENTLE)
+        for _ in range(FILLS):
+            if run.size < FULL * goal:
+                _fill(run, goal, options)
+                run.train(options.pause, GENTLE, GENTLE)
         right = run.finish(options.epochs, GENTLE)
         print(f"{run.size} parameters: {right:.2f} % of those held out", flush=True)
         if right < options.floor + MARGIN:
@@ -96,17 +100,27 @@ def smallest(run: Run, options: argparse.Namespace) -> None:
             return
 
 
+def _fill(run: Run, goal: int, options: argparse.Namespace) -> None:
+    """The blocks get the channels that promise most."""
+    batches = [run.batch() for _ in range(BATCHES)]
+    rate = options.pause * GENTLE
+    fill = fxsvd.Balance(goal, F.cross_entropy, batches, rate=rate, most=0.5, ignore="*.two")
+    for step in fill(run.evolver.model, run.steps):
+        _resize(run, step)
+
+
+def _resize(run: Run, how: Pass, images: Any = None) -> None:
+    print(run.evolver.resize(how, data=images, step=run.steps), flush=True)
+
+
 def _select(ratio: Any) -> Select:
     return Select(ratio=ratio, chaining="top-down")
 
 
-def _cheapest(run: Run, goal: int) -> dict[str, float]:
-    """One channel of the space that loses least accuracy for the parameters that it saves.
-
-    A channel of the stream may be half the network: what goes far below the goal comes last.
-    """
+def _cheapest(run: Run) -> dict[str, float]:
+    """One channel of the space that loses least accuracy for the parameters that it saves."""
     model, images = run.evolver.model.eval(), run.samples(CALIBRATION)
-    right, prices = run.right(model), dict[tuple[bool, float], Any]()
+    right, prices = run.right(model), dict[float, Any]()
     for space in fxsvd.analyze(model).spaces:
         if space.frozen is None and space.width > 1:
             small = fxsvd.compile(
@@ -117,9 +131,8 @@ def _cheapest(run: Run, goal: int) -> dict[str, float]:
                 verify=False,
                 progress=False,
             )
-            left = parameters(small)
-            price = (right - run.right(small.eval())) / max(run.size - left, 1)
-            prices[left < FAR * goal, price] = {space.name: 1 / space.width}
+            saved = max(run.size - parameters(small), 1)
+            prices[(right - run.right(small.eval())) / saved] = {space.name: 1 / space.width}
     cheapest: dict[str, float] = prices[min(prices)]
     return cheapest
 
@@ -130,7 +143,6 @@ def main() -> None:
     parser.add_argument("task", choices=["mnist", "fashion_mnist"])
     parser.add_argument("--target", type=int, required=True, help="parameters, at most")
     parser.add_argument("--floor", type=float, help="of the accuracy, for the smallest network")
-    parser.add_argument("--allowed", type=float, default=20, help="points, below the target")
     parser.add_argument("--step", type=float, default=0.8, help="from a size to the next below")
     parser.add_argument("--ratio", type=float, default=0.25, help="of the channels, each time")
     parser.add_argument("--pause", type=int, default=150, help="steps from one time to the next")

@@ -27,7 +27,7 @@ def main() -> None:
     """Grow, and train at the final widths from the start, for every seed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=float, default=3, help="of compute, at the final size")
+    parser.add_argument("--epochs", type=float, default=1, help="of compute, at the final size")
     parser.add_argument("--init", default="orthogonal", choices=["orthogonal", "split"])
     parser.add_argument("--shares", type=float, nargs=3, default=(0.01, 0.02, 0.05))
     options = data.parse(parser)
