@@ -170,6 +170,32 @@ def test_new_weights_make_steps_as_long_as_the_rate(kind: Any, scale: float) -> 
         assert moved.max() < 3 * rate
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("rmsprop", {"square_avg": 1}), ("lion", {"exp_avg": 0}), ("lamb", {"exp_avg_sq": 1})],
+)
+def test_where_no_steps_are_counted_copies_inherit_what_is_divided_by(
+    kind: str, options: dict[str, int]
+) -> None:
+    optimizers = pytest.importorskip("timm.optim")
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double()
+    optimizer = optimizers.create_optimizer_v2(net, kind, lr=1e-3)
+    evolver = fxsvd.Evolver(net, torch.randn(5, 3).double(), optimizer)
+    for _ in range(30):
+        optimizer.zero_grad()
+        evolver.model(torch.randn(5, 3).double()).square().sum().backward()
+        optimizer.step()
+    old = copy.deepcopy(optimizer.state[evolver.model.get_submodule("0").weight])
+    (edit,) = evolver.resize(Widen(to=6, only="0")).plan.edits
+    new = optimizer.state[evolver.model.get_submodule("0").weight]
+    copies = torch.tensor([i > 0 and k == edit.keep[i - 1] for i, k in enumerate(edit.keep)])
+    for key, share in options.items():
+        assert torch.equal(new[key][~copies], old[key])
+        assert torch.equal(new[key][copies], share * old[key][list(edit.keep)][copies])
+    evolver.model(torch.randn(5, 3).double()).square().sum().backward()
+    optimizer.step()
+
+
 def held_out(net: nn.Module) -> Tensor:
     assert not net.training
     x, y = batch(50)

@@ -25,11 +25,11 @@ from fxsvd.edits import Plan
 from fxsvd.errors import FxsvdError
 from fxsvd.widening import Resizing, Widening, resizing
 
-INHERITED = ("square_avg", "sum", "acc_delta", "step_size")
-"""What optimizers that correct nothing for the start divide by: without it, a number would leap."""
-
 MEANS = {"exp_avg": 0, "exp_avg_sq": 1, "max_exp_avg_sq": 1}
 """What Adam and its kin correct for the start, and by which of their ``betas``."""
+
+POWERS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf", "acc_delta", "step_size")
+"""What optimizers divide by: copies inherit it where no steps are counted, lest they leap."""
 
 REFUSED: dict[type[Optimizer], str] = {
     torch.optim.LBFGS: "its history is of all parameters in one vector",
@@ -165,22 +165,22 @@ def _carried(
     """The state of a parameter, resized as it was."""
     if known is None or not how.touches(known.type):
         return dict(state)
+    counted = betas if "step" in state else None
     out = {
-        key: _resized(key, value, known, how)
+        key: _resized(value, known, how, inherited=key in POWERS and not counted)
         if isinstance(value, Tensor) and value.shape == parameter.shape
         else value
         for key, value in state.items()
     }
-    return _begun(out, betas) if betas and isinstance(how, Widening) else out
+    return _begun(out, counted) if counted and isinstance(how, Widening) else out
 
 
 @torch.no_grad()
-def _resized(key: str, value: Tensor, known: Parameter, how: Resizing) -> Tensor:
+def _resized(value: Tensor, known: Parameter, how: Resizing, inherited: bool) -> Tensor:
     if not isinstance(how, Widening):
         return how.narrow(value, known.type)
     wide = how.spread(value, known.type)
-    new = copies(how, known).to(wide.device)
-    return wide if key in INHERITED else wide.masked_fill(new, 0)
+    return wide if inherited else wide.masked_fill(copies(how, known).to(wide.device), 0)
 
 
 def _begun(state: dict[str, Any], betas: tuple[float, float]) -> dict[str, Any]:
@@ -190,13 +190,15 @@ def _begun(state: dict[str, Any], betas: tuple[float, float]) -> dict[str, Any]:
     >>> state["step"], state["exp_avg"]  # 1 - 0.9 ** 10
     (tensor(10.), tensor([0.6513]))
     """
-    steps, few = float(state["step"]), round(1 / (1 - betas[0]))
+    step = state["step"]
+    steps, few = float(step), round(1 / (1 - float(betas[0])))
     if steps <= few:
         return state
-    out = {**state, "step": torch.full_like(torch.as_tensor(state["step"]), few)}
+    out = {**state, "step": torch.full_like(step, few) if isinstance(step, Tensor) else few}
     for key, which in MEANS.items():
         if key in state and not (key == "exp_avg" and "mu_product" in state):  # NAdam's own
-            out[key] = state[key] * (1 - betas[which] ** few) / (1 - betas[which] ** steps)
+            beta = float(betas[which])
+            out[key] = state[key] * (1 - beta**few) / (1 - beta**steps)
     return out
 
 
