@@ -1,11 +1,11 @@
 """Twelve blocks on CIFAR-10: channels move to where they say more, against widths that stay.
 
 The network of 2.48 million parameters of *SVD evolutive CNN* (J. Dejaegher, 2021). One run keeps
-its widths. The other is brought to ``--budget`` parameters at the first resize, and from then on
-every resize lets channels go where they are worth least for what they cost and come where they
-promise most (``fxsvd.Balance``). Both take as many steps, with the same rates, from the same
-weights, on the same images. 5,000 training images are held out; the test set is looked at once for
-each of the two.
+its widths. The other is brought to ``--budget`` parameters at the first resize, a quarter of the
+way; at the next, half of the way, a few channels go where they are worth least for what they cost,
+and come where they promise most (``fxsvd.Balance``). Both take as many steps, with the same rates,
+from the same weights. 5,000 training images are held out; the test set is looked at once for each
+of the two.
 
     python examples/reproduce/evolve_cifar.py --data DIR [--steps 1400] [--seeds 1]
 """
@@ -29,9 +29,9 @@ def main() -> None:
     """Train with widths that stay and with widths that change, for every seed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=1400, help="batches of 64 images")
-    parser.add_argument("--resizes", type=int, default=4)
+    parser.add_argument("--resizes", type=int, default=2)
     parser.add_argument("--budget", type=int, default=2_190_000, help="parameters, at most")
-    parser.add_argument("--most", type=float, default=0.3, help="of a space's channels, each time")
+    parser.add_argument("--most", type=float, default=0.02, help="of a space's channels, each time")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--only", choices=["fixed", "evolved"])
     options = data.parse(parser)
