@@ -129,13 +129,18 @@ def test_what_is_turned_into_another_basis_forgets_its_moments() -> None:
     assert remembered == {"3.weight", "3.bias"}
 
 
+def copied(edit: Remap) -> Tensor:
+    """Which channels of a widened space are copies."""
+    return torch.tensor([i > 0 and k == edit.keep[i - 1] for i, k in enumerate(edit.keep)])
+
+
 def test_copies_start_without_a_past_and_the_others_with_theirs() -> None:
     evolver, optimizer = made()
     train(evolver.model, optimizer, range(30))
     old = copy.deepcopy(optimizer.state[evolver.model.a.weight])
     (edit,) = evolver.resize(Widen(ratio=0.5, only="a")).plan.edits
     new = optimizer.state[evolver.model.a.weight]
-    copies = torch.tensor([i > 0 and k == edit.keep[i - 1] for i, k in enumerate(edit.keep)])
+    copies = copied(edit)
     assert int(copies.sum()) == 4
     assert (old["step"], new["step"]) == (30, 10)
     for key, beta in (("exp_avg", 0.9), ("exp_avg_sq", 0.999), ("max_exp_avg_sq", 0.999)):
@@ -163,7 +168,7 @@ def test_new_weights_make_steps_as_long_as_the_rate(kind: Any, scale: float) -> 
     for _ in range(500):
         step(1.0)
     (edit,) = evolver.resize(Widen(to=7, only="0")).plan.edits
-    new = torch.tensor([i > 0 and k == edit.keep[i - 1] for i, k in enumerate(edit.keep)])
+    new = copied(edit)
     for _ in range(20):
         moved = step(scale)[:, new]
         assert rate / 5 < moved.mean() < 2 * rate
@@ -188,7 +193,7 @@ def test_where_no_steps_are_counted_copies_inherit_what_is_divided_by(
     old = copy.deepcopy(optimizer.state[evolver.model.get_submodule("0").weight])
     (edit,) = evolver.resize(Widen(to=6, only="0")).plan.edits
     new = optimizer.state[evolver.model.get_submodule("0").weight]
-    copies = torch.tensor([i > 0 and k == edit.keep[i - 1] for i, k in enumerate(edit.keep)])
+    copies = copied(edit)
     for key, share in options.items():
         assert torch.equal(new[key][~copies], old[key])
         assert torch.equal(new[key][copies], share * old[key][list(edit.keep)][copies])

@@ -52,7 +52,7 @@ class Shrinking:
 
     def _together(self, target: int) -> None:
         needed = 1 - (target / self.run.size) ** 0.5  # parameters go with the square of the widths
-        event = self._resize(min(self.ratio, needed + 0.01))
+        event = _narrow(self.run, min(self.ratio, needed + 0.01))
         if event.undone:
             self.ratio /= 2
         elif not event.plan.edits:  # of so few channels, that share is none
@@ -64,14 +64,7 @@ class Shrinking:
         widths = {space.name: space.width for space in deps.spaces if space.frozen is None}
         for name, width in sorted(widths.items(), key=lambda item: -item[1]):
             if width > 1 and self.run.size > target:
-                self._resize({name: max(1, width // 8) / width})
-
-    def _resize(self, ratio: Any) -> fxsvd.Event:
-        start = time.perf_counter()
-        images = self.run.samples(CALIBRATION)
-        event = self.run.evolver.resize(_select(ratio), data=images, step=self.run.steps)
-        print(f"{event}, {time.perf_counter() - start:.1f} s", flush=True)
-        return event
+                _narrow(self.run, {name: max(1, width // 8) / width})
 
 
 def smallest(run: Run, options: argparse.Namespace) -> None:
@@ -87,7 +80,7 @@ def smallest(run: Run, options: argparse.Namespace) -> None:
         known = copy.deepcopy(run.evolver.state_dict())
         goal = int(run.size * options.step)
         while run.size > goal:
-            _resize(run, _select(_cheapest(run)), run.samples(CALIBRATION))
+            _narrow(run, _cheapest(run))
             run.train(options.pause, GENTLE, GENTLE)
         for _ in range(FILLS):
             if run.size < FULL * goal:
@@ -109,8 +102,15 @@ def _fill(run: Run, goal: int, options: argparse.Namespace) -> None:
         _resize(run, step)
 
 
-def _resize(run: Run, how: Pass, images: Any = None) -> None:
-    print(run.evolver.resize(how, data=images, step=run.steps), flush=True)
+def _narrow(run: Run, ratio: Any) -> fxsvd.Event:
+    return _resize(run, _select(ratio), run.samples(CALIBRATION))
+
+
+def _resize(run: Run, how: Pass, images: Any = None) -> fxsvd.Event:
+    start = time.perf_counter()
+    event = run.evolver.resize(how, data=images, step=run.steps)
+    print(f"{event}, {time.perf_counter() - start:.1f} s", flush=True)
+    return event
 
 
 def _select(ratio: Any) -> Select:

@@ -31,9 +31,9 @@ def main() -> None:
     parser.add_argument("--init", default="orthogonal", choices=["orthogonal", "split"])
     parser.add_argument("--shares", type=float, nargs=3, default=(0.01, 0.02, 0.05))
     options = data.parse(parser)
+    work = _work(options)
     for seed in range(options.seeds):
         run = Run(TASKS["mnist"], options.data, options.work, SMALL, seed)
-        work = int(options.epochs * len(run.images) / BATCH) * _final_macs(options)
         _grow(run, work, options)
         _show(f"seed {seed}, grown", run)
         run = Run(TASKS["mnist"], options.data, options.work, _widths(run), seed)
@@ -61,11 +61,12 @@ def _grow(run: Run, work: int, options: argparse.Namespace) -> None:
     run.train(int((1 - sum(options.shares)) * work / _macs(run)), end=LAST_RATE)
 
 
-def _final_macs(options: argparse.Namespace) -> int:
+def _work(options: argparse.Namespace) -> int:
+    """Multiply-accumulates of so many epochs at the final size, for one image of every batch."""
     run = Run(TASKS["mnist"], options.data, options.work, SMALL)
     for ratio in RATIOS:
         run.evolver.resize(Widen(ratio=ratio))
-    return _macs(run)
+    return int(options.epochs * len(run.images) / BATCH) * _macs(run)
 
 
 def _widths(run: Run) -> Widths:
