@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
+from functools import partial
 
 import numpy as np
 import torch
@@ -10,9 +12,11 @@ from torch import fx
 from torch.nn import functional as F
 
 from fxsvd.axes import TensorType
+from fxsvd.constants import BATCH_NORMS
 from fxsvd.dependency import Dependencies
 from fxsvd.narrowing import Mask
 
+LIKE = ("view_as", "reshape_as", "expand_as")
 PRODUCTS = (torch.matmul, torch.bmm, operator.matmul, torch.baddbmm, torch.einsum, "matmul", "bmm")
 
 
@@ -34,6 +38,48 @@ def paired(deps: Dependencies) -> Mask:
         first, second = (_channels(deps, t) for t in sides[:2])
         out[np.intersect1d(first, second)] = True
     return out
+
+
+def norms_behind(deps: Dependencies) -> dict[str, tuple[str, str]]:
+    """By the weight of a layer, scale and shift of the batch norm that sees nothing but its output.
+
+    Reshapes may lie between. A norm without a scale does not count.
+
+    >>> from torch import nn
+    >>> from fxsvd.capture import capture
+    >>> from fxsvd.dependency import analyze
+    >>> net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    >>> norms_behind(analyze(capture(net, torch.zeros(2, 2))))
+    {'0.weight': ('1.weight', '1.bias')}
+    """
+    graph, sites, of = deps.analysis.graph, deps.analysis.sites, deps.channels.of
+    calls = [n for n in graph.graph.nodes if n.op == "call_module"]
+    times, out = Counter(n.target for n in calls), dict[str, tuple[str, str]]()
+    rows = {s.tensor: of[s.atoms].ravel() for s in sites if s.role != "consumer"}
+    for node in filter(partial(_is_batch_norm, graph), calls):
+        source = _source(node)
+        weight, scale = f"{source.target}.weight", f"{node.target}.weight"
+        alone = times[source.target] == 1 and _is_read_once(source)
+        if alone and {weight, scale} <= rows.keys() and np.array_equal(rows[weight], rows[scale]):
+            out[weight] = scale, f"{node.target}.bias"
+    return out
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """What a module's input comes from, behind functions that alone read it."""
+    source, functions = node.all_input_nodes[0], ("call_method", "call_function")
+    while source.op in functions and source.all_input_nodes and _is_read_once(source):
+        source = source.all_input_nodes[0]
+    return source
+
+
+def _is_batch_norm(graph: fx.GraphModule, node: fx.Node) -> bool:
+    return isinstance(graph.get_submodule(str(node.target)), BATCH_NORMS)
+
+
+def _is_read_once(node: fx.Node) -> bool:
+    """Whether one other node reads its numbers; some ask for the shape alone."""
+    return sum(u.target not in LIKE or u.args[0] is node for u in node.users) == 1
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:

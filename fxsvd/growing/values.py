@@ -16,6 +16,7 @@ from fxsvd.axes import Block
 from fxsvd.dependency import Dependencies
 from fxsvd.edits import Assign
 from fxsvd.growing.marks import Mark, filled
+from fxsvd.growing.pairs import norms_behind
 from fxsvd.growing.rows import Length, orthogonal_rows, shares
 from fxsvd.narrowing import Mask
 from fxsvd.relations import Atoms
@@ -30,7 +31,7 @@ class Growth:
 
     What reads new channels (consumers) gives them nothing, or a share of what the original had.
     Where two activations are multiplied over the channels (queries and keys), no column can do
-    that: there, all writers but the first write zeros.
+    that: there, all writers but the first write zeros, or the batch norms behind them do.
 
     Attributes:
         deps: the analysis.
@@ -72,6 +73,8 @@ class Growth:
             elif role != "follower" and layout.rank.any():
                 grow = self._read if role == "consumer" else self._written
                 value = grow(known, layout, value)
+            elif known.names[0] in self._silent:
+                value = self._silenced(known, layout, value)
         return value
 
     def _role(self, known: Parameter, block: Block) -> str:
@@ -93,11 +96,17 @@ class Growth:
     def _written(self, known: Parameter, layout: Layout, value: Tensor) -> Tensor:
         """Rows: copies, or something new; zeros where a factor has to be."""
         new, bias = layout.rank > 0, value.dim() == 1
-        silent = new & self._again(known.names[0], layout)
         if self.init == "orthogonal" and bias:
-            silent = new
-        elif self.init == "orthogonal" and len(layout.dims) == 1:
+            shown = self.widening.marked(known.type, layout, new).to(value.device)
+            return value.masked_fill(shown, 0)
+        if self.init == "orthogonal" and len(layout.dims) == 1:
+            silent = self._again(known.names[0], layout)
             value = self._fresh(value, layout.dims[0], new & ~silent)
+        return self._silenced(known, layout, value)
+
+    def _silenced(self, known: Parameter, layout: Layout, value: Tensor) -> Tensor:
+        """Zeros where a factor has to be."""
+        silent = (layout.rank > 0) & self._again(known.names[0], layout)
         shown = self.widening.marked(known.type, layout, silent).to(value.device)
         return value.masked_fill(shown, 0) if silent.any() else value
 
@@ -114,7 +123,7 @@ class Growth:
         return filled(value, layout.dims[0], new, mark, gain, self._rows)
 
     def _again(self, name: str, layout: Layout) -> Mask:
-        again = self._repeated.get(name, self._repeated.get(_weight_of(name)))
+        again = self._silent.get(name, self._silent.get(_weight_of(name)))
         return np.zeros(layout.rank.shape, dtype=bool) if again is None else again[layout.source]
 
     def _fresh(self, value: Tensor, dim: int, new: Mask) -> Tensor:
@@ -140,6 +149,13 @@ class Growth:
             for site in self.deps.analysis.sites
             if site.role == "producer"
         }
+
+    @cached_property
+    def _silent(self) -> dict[str, Mask]:
+        """These rows by what makes them zero: a norm's scale and shift, or the weight itself."""
+        norms = norms_behind(self.deps)
+        again = {name: rows for name, rows in self._repeated.items() if rows.any()}
+        return {one: rows for name, rows in again.items() for one in norms.get(name, (name,))}
 
 
 def _weight_of(name: str) -> str:

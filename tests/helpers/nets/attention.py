@@ -51,6 +51,24 @@ def attention_by_hand() -> nn.Module:
     return Net(run, **projections())
 
 
+@idiom(SEQUENCE, {"a": (8, 4), "k": (8, 4), "v": (8, 4), **OUT})
+def attention_with_batch_norms() -> nn.Module:
+    """As in LeViT: keys first. What is the same for all keys would not show behind a softmax."""
+
+    def normed(layer: nn.Module, norm: nn.Module, y: Tensor) -> Tensor:
+        z = layer(y)
+        return heads(norm(z.flatten(0, 1)).reshape_as(z))
+
+    def run(m: Net, x: Tensor) -> Tensor:
+        y = m.a(x)
+        k, q = normed(m.k, m.kn, y), normed(m.q, m.qn, y)
+        z = (q @ k.transpose(-2, -1)).softmax(-1) @ heads(m.v(y))
+        return m.out(y + m.o(merged(z)))
+
+    norms = {"qn": nn.BatchNorm1d(WIDTH), "kn": nn.BatchNorm1d(WIDTH)}
+    return Net(run, **projections(**norms))
+
+
 @idiom(SEQUENCE, QKV)
 def attention_fused() -> nn.Module:
     def run(m: Net, x: Tensor) -> Tensor:
