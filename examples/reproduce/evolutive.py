@@ -189,18 +189,22 @@ class Run:
         return 100 * accuracy(self.evolver.model.eval(), self.task.prepare(images), labels)
 
     def samples(self, count: int) -> Any:
-        """Training images, in batches of 100."""
-        chosen = torch.randperm(len(self.images), generator=self.generator)[:count]
-        return self.task.prepare(self.images[chosen]).split(100)
+        """Training images as the network sees them, in batches of 100."""
+        return self._seen(torch.randperm(len(self.images), generator=self.generator)[:count]).split(
+            100
+        )
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """Training images, shifted and perhaps mirrored, and their labels."""
         chosen = torch.randint(len(self.images), (BATCH,), generator=self.generator)
+        return self._seen(chosen), self.labels[chosen]
+
+    def _seen(self, chosen: Tensor) -> Tensor:
         images = self.images[chosen]
         if self.task.flipped:
-            mirrored = torch.rand(BATCH, generator=self.generator) < 0.5
+            mirrored = torch.rand(len(images), generator=self.generator) < 0.5
             images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
-        return self.task.prepare(shifted(images, self.generator)), self.labels[chosen]
+        return self.task.prepare(shifted(images, self.generator))
 
     def train(self, steps: int, begin: float = RATE, end: float = RATE) -> None:
         """Some steps, with a rate that goes evenly from one number to another."""

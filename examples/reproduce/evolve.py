@@ -4,9 +4,9 @@ MNIST: six blocks, 1,971,308 parameters; Fashion-MNIST: six blocks, 476,370. Eve
 spaces are narrowed by ``Select``, refitted to what their readers computed on training images; a
 resize that costs more than one point of accuracy is undone, and half as much tried next. At
 ``--target`` parameters the network is trained on, and kept in WORK. With ``--floor`` it is shrunk
-further and further, and what had that accuracy last, once trained, is shown; this can be repeated
-from what WORK holds. Steered by 5,000 training images that are held out; the test set is looked at
-once for each of the two sizes.
+on, in the end channel by channel, trained to the end after each, until none can go without the
+accuracy falling below; WORK keeps the smallest, from where this goes on. Steered by 5,000 training
+images that are held out; the test set is looked at once for each of the two sizes.
 
     python examples/reproduce/evolve.py mnist --data DIR --target 12500 --floor 98.5
     python examples/reproduce/evolve.py fashion_mnist --data DIR --target 250000 --floor 90
@@ -21,19 +21,14 @@ from typing import Any
 
 import data
 import torch
-from evolutive import RATE, TASKS, Run
-from torch.nn import functional as F
+from evolutive import TASKS, Run
 
 import fxsvd
-from fxsvd.compile import Pass
 from fxsvd.cost import parameters
-from fxsvd.passes import Select
+from fxsvd.passes import Prune, Select
 
 CALIBRATION = 1000
-BATCHES = 8  # of labelled images, for new channels
-FULL, FILLS = 0.95, 8  # what of a size has to be used, and how often channels may come for that
 MARGIN = 0.1  # points above the floor on the images held out: the test set differs by chance
-GENTLE = RATE / 2  # few channels, once trained to the end, do not bear the first rate any more
 
 
 class Shrinking:
@@ -68,73 +63,54 @@ class Shrinking:
 
 
 def smallest(run: Run, options: argparse.Namespace) -> None:
-    """Shrink until the accuracy cannot be held any more, and go back to what had it last.
+    """Shrink until no channel can go any more: all spaces together, and then one at a time.
 
-    Few channels say much each, and not alike: one goes at a time, from the space where that costs
-    least for what it saves, tried out on the held-out images. A channel of the stream may be half
-    the network: what is then free below the goal goes to channels inside the blocks. What either
-    costs, training wins back.
+    Few channels say much each, and what the network is without one is only known when it has been
+    trained without it: the channel that costs most goes first. Where the accuracy is not held, the
+    network becomes what it was, and that space keeps what it has. Weights are not refitted here:
+    least squares on inputs that say nearly the same gives large ones, which train badly.
     """
-    run.evolver.max_loss_increase = float("inf")
-    while True:
+    kept, needed = options.work / f"evolve-{options.task}-smallest.pt", set[str]()
+    if kept.exists():
+        run.restore(torch.load(kept, weights_only=False))
+    while shares := _dearest(run, needed):
+        if not needed and max(shares.values()) <= options.ratio:
+            shares = {"*": options.ratio}
         known = copy.deepcopy(run.evolver.state_dict())
-        goal = int(run.size * options.step)
-        while run.size > goal:
-            _narrow(run, _cheapest(run))
-            run.train(options.pause, GENTLE, GENTLE)
-        for _ in range(FILLS):
-            if run.size < FULL * goal:
-                _fill(run, goal, options)
-                run.train(options.pause, GENTLE, GENTLE)
-        right = run.finish(options.epochs, GENTLE)
+        run.evolver.max_loss_increase = float("inf")
+        _narrow(run, shares, refit=False)
+        right = run.finish(options.epochs)
         print(f"{run.size} parameters: {right:.2f} % of those held out", flush=True)
         if right < options.floor + MARGIN:
             run.restore(known)
-            return
+            needed |= shares.keys()
+        else:
+            torch.save(run.evolver.state_dict(), kept)
 
 
-def _fill(run: Run, goal: int, options: argparse.Namespace) -> None:
-    """The blocks get the channels that promise most."""
-    batches = [run.batch() for _ in range(BATCHES)]
-    rate = options.pause * GENTLE
-    fill = fxsvd.Balance(goal, F.cross_entropy, batches, rate=rate, most=0.5, ignore="*.two")
-    for step in fill(run.evolver.model, run.steps):
-        _resize(run, step)
+def _dearest(run: Run, needed: set[str]) -> dict[str, float]:
+    """A channel or an eighth of them, from the space where that saves most parameters."""
+    model, sizes = run.evolver.model, dict[str, int]()
+    spaces = {space.name: space for space in fxsvd.analyze(model).spaces}
+    shares = {
+        name: max(1, space.width // 8) / space.width
+        for name, space in spaces.items()
+        if space.frozen is None and space.width > 1 and name not in needed
+    }
+    for name, share in shares.items():
+        prune = Prune(ratio={name: share})
+        small = fxsvd.compile(model, run.held[0][:2], passes=[prune], verify=False, progress=False)
+        sizes[name] = parameters(small)
+    least = min(sizes, key=sizes.__getitem__, default=None)
+    return {} if least is None else {least: shares[least]}
 
 
-def _narrow(run: Run, ratio: Any) -> fxsvd.Event:
-    return _resize(run, _select(ratio), run.samples(CALIBRATION))
-
-
-def _resize(run: Run, how: Pass, images: Any = None) -> fxsvd.Event:
+def _narrow(run: Run, ratio: Any, *, refit: bool = True) -> fxsvd.Event:
     start = time.perf_counter()
-    event = run.evolver.resize(how, data=images, step=run.steps)
+    select = Select(ratio=ratio, chaining="top-down", debias=refit)
+    event = run.evolver.resize(select, data=run.samples(CALIBRATION), step=run.steps)
     print(f"{event}, {time.perf_counter() - start:.1f} s", flush=True)
     return event
-
-
-def _select(ratio: Any) -> Select:
-    return Select(ratio=ratio, chaining="top-down")
-
-
-def _cheapest(run: Run) -> dict[str, float]:
-    """One channel of the space that loses least accuracy for the parameters that it saves."""
-    model, images = run.evolver.model.eval(), run.samples(CALIBRATION)
-    right, prices = run.right(model), dict[float, Any]()
-    for space in fxsvd.analyze(model).spaces:
-        if space.frozen is None and space.width > 1:
-            small = fxsvd.compile(
-                model,
-                run.held[0][:2],
-                passes=[_select({space.name: 1 / space.width})],
-                data=images,
-                verify=False,
-                progress=False,
-            )
-            saved = max(run.size - parameters(small), 1)
-            prices[(right - run.right(small.eval())) / saved] = {space.name: 1 / space.width}
-    cheapest: dict[str, float] = prices[min(prices)]
-    return cheapest
 
 
 def main() -> None:
@@ -143,7 +119,6 @@ def main() -> None:
     parser.add_argument("task", choices=["mnist", "fashion_mnist"])
     parser.add_argument("--target", type=int, required=True, help="parameters, at most")
     parser.add_argument("--floor", type=float, help="of the accuracy, for the smallest network")
-    parser.add_argument("--step", type=float, default=0.8, help="from a size to the next below")
     parser.add_argument("--ratio", type=float, default=0.25, help="of the channels, each time")
     parser.add_argument("--pause", type=int, default=150, help="steps from one time to the next")
     parser.add_argument("--first", type=int, default=150, help="steps before the first time")
