@@ -59,7 +59,7 @@ class Shrinking:
         widths = {space.name: space.width for space in deps.spaces if space.frozen is None}
         for name, width in sorted(widths.items(), key=lambda item: -item[1]):
             if width > 1 and self.run.size > target:
-                _narrow(self.run, {name: max(1, width // 8) / width})
+                _narrow(self.run, {name: _eighth(width)})
 
 
 def smallest(run: Run, options: argparse.Namespace) -> None:
@@ -91,11 +91,10 @@ def smallest(run: Run, options: argparse.Namespace) -> None:
 def _dearest(run: Run, needed: set[str]) -> dict[str, float]:
     """A channel or an eighth of them, from the space where that saves most parameters."""
     model, sizes = run.evolver.model, dict[str, int]()
-    spaces = {space.name: space for space in fxsvd.analyze(model).spaces}
     shares = {
-        name: max(1, space.width // 8) / space.width
-        for name, space in spaces.items()
-        if space.frozen is None and space.width > 1 and name not in needed
+        space.name: _eighth(space.width)
+        for space in fxsvd.analyze(model).spaces
+        if space.frozen is None and space.width > 1 and space.name not in needed
     }
     for name, share in shares.items():
         prune = Prune(ratio={name: share})
@@ -103,6 +102,11 @@ def _dearest(run: Run, needed: set[str]) -> dict[str, float]:
         sizes[name] = parameters(small)
     least = min(sizes, key=sizes.__getitem__, default=None)
     return {} if least is None else {least: shares[least]}
+
+
+def _eighth(width: int) -> float:
+    """The share of an eighth of so many channels, or of one."""
+    return max(1, width // 8) / width
 
 
 def _narrow(run: Run, ratio: Any, *, refit: bool = True) -> fxsvd.Event:
