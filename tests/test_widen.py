@@ -145,6 +145,37 @@ def test_attention_keeps_its_scores() -> None:
     assert (wide(x) - net(x)).abs().max() < 1e-9
 
 
+class Scaled(nn.Module):
+    """Features, divided by a number that depends on how many there are."""
+
+    def __init__(self, length: Any) -> None:
+        super().__init__()
+        self.a, self.out, self.length = nn.Linear(5, 8), nn.Linear(8, 3), length
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.out(y / self.length(y))
+
+
+LENGTHS = {
+    "norm": lambda y: y.norm(dim=-1, keepdim=True),
+    "vector_norm": lambda y: torch.linalg.vector_norm(y, dim=-1, keepdim=True),
+    "sum": lambda y: y.square().sum(-1, keepdim=True),
+    "cosine": lambda y: 2 + F.cosine_similarity(y, y.tanh(), dim=-1).unsqueeze(-1),
+}
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_where_features_are_added_up_copies_would_show(length: str, init: Any) -> None:
+    net = Scaled(LENGTHS[length]).double()
+    step = Widen(ratio=1.0, init=init)
+    wide = fxsvd.compile(net, torch.randn(4, 5).double(), passes=[step], progress=False)
+    even = length == "cosine" and init == "split"  # of equally many copies it is what it was
+    assert widths(wide)["a"] == (8, 16 if even else 8)
+    assert even or "over channels" in wide.report.plan.skips[0].why
+
+
 def test_what_a_norm_runs_over_is_split_whole_or_stays() -> None:
     net = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 2)).double()
     x = torch.randn(5, 4).double()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Iterator
+from typing import Any
 
 import numpy as np
 from torch import fx
+from torch.nn import functional as F
 
 from fxsvd.analysis import Parameter
 from fxsvd.axes import TensorType, dimension
@@ -16,10 +18,12 @@ from fxsvd.reference import statistic
 from fxsvd.relations import Atoms
 from fxsvd.rules import RULES, normalization
 from fxsvd.rules.indexing import entries
+from fxsvd.rules.reduction import SUMS
 from fxsvd.widening import Counts
 
 ACROSS = ("layer_norm", "rms_norm", "group_norm")
 STATISTIC = "takes a statistic over channels"
+TOTAL = "adds up over channels"
 SHARED = "is used in two places"
 
 
@@ -55,8 +59,8 @@ def obstacles(
     for node, source, why in _noticing(deps):
         channels = np.unique(np.concatenate(_all(deps, source)))
         even = alike[channels].all() and len(set(counts[channels].tolist())) == 1
-        even = even or bool(followed[channels[counts[channels] > 1]].all())
-        if why != STATISTIC or source.stored or not even:
+        same = followed[channels[counts[channels] > 1]].all() or (even and why == STATISTIC)
+        if why not in (STATISTIC, TOTAL) or source.stored or not same:
             for channel in channels[counts[channels] > 1].tolist():
                 out.setdefault(channel, f"`{node.name}` {why}")
     return out
@@ -80,7 +84,7 @@ def passable(deps: Dependencies, counts: Counts, alike: Mask) -> list[int]:
     [0]
     """
     met = obstacles(deps, counts, alike).items()
-    numbers = {int(deps.space_of[c]) for c, why in met if why.endswith((STATISTIC, SHARED))}
+    numbers = {int(deps.space_of[c]) for c, why in met if why.endswith((STATISTIC, TOTAL, SHARED))}
     return sorted(numbers - {-1})
 
 
@@ -103,10 +107,10 @@ def _noticing(deps: Dependencies) -> Iterator[tuple[fx.Node, TensorType, str]]:
         source = types.get(first) if isinstance(first, fx.Node) else None
         if not isinstance(source, TensorType) or not source.blocks:
             continue
-        if RULES.get(node.target) is normalization.weight_norm:
+        if RULES.get(node.target) is normalization.weight_norm or _normalizes(node, source):
             yield node, source, "takes a norm over channels"
         elif _over_channels(deps, graph, node, source, out):
-            yield node, source, STATISTIC
+            yield node, source, TOTAL if node.target in SUMS else STATISTIC
         elif _reorders(node, source):
             yield node, source, "takes a strided slice of channels, or turns them round"
 
@@ -119,7 +123,7 @@ def _over_channels(
     name, _ = statistic(graph, node)
     if name in ACROSS:
         return True
-    if name is None and getattr(node.target, "__name__", node.target) not in ("sum", "norm"):
+    if name is None and node.target not in (*SUMS, F.cosine_similarity):
         return False
     if name is not None and "batch_norm" in name:
         return any(d != 1 for d in _dims(source))
@@ -127,6 +131,13 @@ def _over_channels(
     after = deps.channels.of[np.concatenate(left)] if left else np.zeros(0, dtype=np.int64)
     before = np.concatenate(_all(deps, source))
     return not bool(np.isin(before, after).all())
+
+
+def _normalizes(node: fx.Node, source: TensorType) -> bool:
+    if node.target is not F.normalize:
+        return False
+    dim: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 1)
+    return dimension(dim, len(source.shape)) in _dims(source)
 
 
 def _reorders(node: fx.Node, source: TensorType) -> bool:

@@ -70,6 +70,19 @@ def attention_with_batch_norms() -> nn.Module:
 
 
 @idiom(SEQUENCE, QKV)
+def attention_by_cosines() -> nn.Module:
+    """As in Swin v2."""
+
+    def run(m: Net, x: Tensor) -> Tensor:
+        y = m.a(x)
+        q, k = (F.normalize(heads(layer(y)), dim=-1) for layer in (m.q, m.k))
+        z = (10 * q @ k.transpose(-2, -1)).softmax(-1) @ heads(m.v(y))
+        return m.out(y + m.o(merged(z)))
+
+    return Net(run, **projections())
+
+
+@idiom(SEQUENCE, QKV)
 def attention_fused() -> nn.Module:
     def run(m: Net, x: Tensor) -> Tensor:
         y = m.a(x)
