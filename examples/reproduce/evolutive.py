@@ -190,9 +190,8 @@ class Run:
 
     def samples(self, count: int) -> Any:
         """Training images as the network sees them, in batches of 100."""
-        return self._seen(torch.randperm(len(self.images), generator=self.generator)[:count]).split(
-            100
-        )
+        chosen = torch.randperm(len(self.images), generator=self.generator)[:count]
+        return self._seen(chosen).split(100)
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """Training images, shifted and perhaps mirrored, and their labels."""

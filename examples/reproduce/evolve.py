@@ -25,7 +25,9 @@ from evolutive import TASKS, Run
 
 import fxsvd
 from fxsvd.cost import parameters
+from fxsvd.dependency import Dependencies
 from fxsvd.passes import Prune, Select
+from fxsvd.rewrite import rewrite
 
 CALIBRATION = 1000
 MARGIN = 0.1  # points above the floor on the images held out: the test set differs by chance
@@ -55,10 +57,9 @@ class Shrinking:
 
     def _apart(self, target: int) -> None:
         """Every space loses a channel or an eighth of them, one after the other."""
-        deps = fxsvd.analyze(self.run.evolver.model)
-        widths = {space.name: space.width for space in deps.spaces if space.frozen is None}
+        widths = _widths(fxsvd.analyze(self.run.evolver.model))
         for name, width in sorted(widths.items(), key=lambda item: -item[1]):
-            if width > 1 and self.run.size > target:
+            if self.run.size > target:
                 _narrow(self.run, {name: _eighth(width)})
 
 
@@ -90,18 +91,18 @@ def smallest(run: Run, options: argparse.Namespace) -> None:
 
 def _dearest(run: Run, needed: set[str]) -> dict[str, float]:
     """A channel or an eighth of them, from the space where that saves most parameters."""
-    model, sizes = run.evolver.model, dict[str, int]()
-    shares = {
-        space.name: _eighth(space.width)
-        for space in fxsvd.analyze(model).spaces
-        if space.frozen is None and space.width > 1 and space.name not in needed
-    }
-    for name, share in shares.items():
-        prune = Prune(ratio={name: share})
-        small = fxsvd.compile(model, run.held[0][:2], passes=[prune], verify=False, progress=False)
-        sizes[name] = parameters(small)
-    least = min(sizes, key=sizes.__getitem__, default=None)
-    return {} if least is None else {least: shares[least]}
+    deps = fxsvd.analyze(run.evolver.model)
+    shares = [{n: _eighth(width)} for n, width in _widths(deps).items() if n not in needed]
+
+    def left(share: dict[str, float]) -> int:
+        return parameters(rewrite(deps, Prune(ratio=share).propose(deps)))
+
+    return min(shares, key=left, default={})
+
+
+def _widths(deps: Dependencies) -> dict[str, int]:
+    """Of the spaces that have a channel to lose."""
+    return {s.name: s.width for s in deps.spaces if s.frozen is None and s.width > 1}
 
 
 def _eighth(width: int) -> float:

@@ -22,6 +22,7 @@ from fxsvd.rules.reduction import SUMS
 from fxsvd.widening import Counts
 
 ACROSS = ("layer_norm", "rms_norm", "group_norm")
+REDUCTIONS = (*SUMS, F.cosine_similarity)
 STATISTIC = "takes a statistic over channels"
 TOTAL = "adds up over channels"
 SHARED = "is used in two places"
@@ -123,7 +124,7 @@ def _over_channels(
     name, _ = statistic(graph, node)
     if name in ACROSS:
         return True
-    if name is None and node.target not in (*SUMS, F.cosine_similarity):
+    if name is None and node.target not in REDUCTIONS:
         return False
     if name is not None and "batch_norm" in name:
         return any(d != 1 for d in _dims(source))

@@ -74,7 +74,7 @@ class Growth:
                 grow = self._read if role == "consumer" else self._written
                 value = grow(known, layout, value)
             elif known.names[0] in self._silent:
-                value = self._silenced(known, layout, value)
+                value = self._zeroed(known, layout, value, self._again(known.names[0], layout))
         return value
 
     def _role(self, known: Parameter, block: Block) -> str:
@@ -96,17 +96,14 @@ class Growth:
     def _written(self, known: Parameter, layout: Layout, value: Tensor) -> Tensor:
         """Rows: copies, or something new; zeros where a factor has to be."""
         new, bias = layout.rank > 0, value.dim() == 1
+        silent = self._again(known.names[0], layout)
         if self.init == "orthogonal" and bias:
-            shown = self.widening.marked(known.type, layout, new).to(value.device)
-            return value.masked_fill(shown, 0)
-        if self.init == "orthogonal" and len(layout.dims) == 1:
-            silent = self._again(known.names[0], layout)
+            silent = new
+        elif self.init == "orthogonal" and len(layout.dims) == 1:
             value = self._fresh(value, layout.dims[0], new & ~silent)
-        return self._silenced(known, layout, value)
+        return self._zeroed(known, layout, value, silent)
 
-    def _silenced(self, known: Parameter, layout: Layout, value: Tensor) -> Tensor:
-        """Zeros where a factor has to be."""
-        silent = (layout.rank > 0) & self._again(known.names[0], layout)
+    def _zeroed(self, known: Parameter, layout: Layout, value: Tensor, silent: Mask) -> Tensor:
         shown = self.widening.marked(known.type, layout, silent).to(value.device)
         return value.masked_fill(shown, 0) if silent.any() else value
 
@@ -123,8 +120,9 @@ class Growth:
         return filled(value, layout.dims[0], new, mark, gain, self._rows)
 
     def _again(self, name: str, layout: Layout) -> Mask:
+        """Which new entries have to be zeros."""
         again = self._silent.get(name, self._silent.get(_weight_of(name)))
-        return np.zeros(layout.rank.shape, dtype=bool) if again is None else again[layout.source]
+        return (layout.rank > 0) & (False if again is None else again[layout.source])
 
     def _fresh(self, value: Tensor, dim: int, new: Mask) -> Tensor:
         """Rows along a dimension that are orthogonal to those that were there."""
@@ -153,8 +151,8 @@ class Growth:
     @cached_property
     def _silent(self) -> dict[str, Mask]:
         """These rows by what makes them zero: a norm's scale and shift, or the weight itself."""
-        norms = norms_behind(self.deps)
         again = {name: rows for name, rows in self._repeated.items() if rows.any()}
+        norms = norms_behind(self.deps) if again else {}
         return {one: rows for name, rows in again.items() for one in norms.get(name, (name,))}
 
 
