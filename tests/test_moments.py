@@ -168,6 +168,18 @@ def test_a_product_with_the_covariance_is_the_same_in_both_forms(dtype: torch.dt
     torch.testing.assert_close(dense, kept, rtol=1e-5, atol=1e-6)
 
 
+def test_the_root_multiplies_out_to_the_covariance() -> None:
+    x = pairs(4, offset=7.0)[0]
+    moment = streamed(x, None, [3, 1])
+    root = moment.root
+    assert root is not None
+    assert root.shape == (2, 4, 5)
+    torch.testing.assert_close(root.mT @ root, one_shot(x, x)["scatter"] / 4, **EXACT)
+    torch.testing.assert_close(root.mT @ root, moment.covariance, **EXACT)
+    assert moment.root is None  # multiplied out
+    assert Moment().root is None
+
+
 def test_rows_that_are_kept_do_not_follow_their_source() -> None:
     x, y = pairs(4)
     moment, before = streamed(x, y, [4]), x.clone()

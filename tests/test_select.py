@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxsvd
+from fxsvd.data.moments import Moment
 from fxsvd.edits import Plan
 from fxsvd.errors import FxsvdError, PlanError
 from fxsvd.passes import Prune, Select
@@ -374,6 +375,34 @@ def test_too_few_samples_are_warned_of_and_still_give_a_network(chaining: Any) -
     with pytest.warns(UserWarning, match="at least 16 samples"):
         small = compiled(net, [data[0][:5]], Select(ratio=0.5, chaining=chaining))
     assert small(data[0]).isfinite().all()
+
+
+def wide_head() -> nn.Module:
+    """A head of more inputs, and a layer of more outputs, than there are samples."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.fc(F.relu(m.head(F.relu(m.a(x)).flatten(1))))
+
+    return Net(run, {"a": nn.Conv2d(3, 12, 3), "head": nn.Linear(192, 64), "fc": nn.Linear(64, 5)})
+
+
+@pytest.mark.filterwarnings("ignore:.*fewer than the")
+@pytest.mark.parametrize("chaining", CHAININGS)
+@pytest.mark.parametrize("method", METHODS)
+def test_fewer_samples_than_inputs_give_what_their_moments_give(
+    method: Any, chaining: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    net = wide_head().double().eval()
+    data = list(torch.randn(3, 8, 3, 6, 6, dtype=torch.float64).cumsum(-1))
+    select = Select(ratio=0.4, method=method, chaining=chaining)
+    plan = fxsvd.plan(net, data[0], passes=[select], data=data)
+    monkeypatch.setattr(Moment, "root", None)
+    expected = fxsvd.plan(net, data[0], passes=[select], data=data)
+    assert plan.edits
+    assert plan.edits == expected.edits
+    for value, other in zip(plan.values, expected.values, strict=True):
+        torch.testing.assert_close(value.value, other.value, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize(

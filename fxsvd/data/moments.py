@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,8 @@ class Moment:
 
     While a row has more entries than there are rows, the rows themselves are kept (the dual form).
     Memory is 4·count·x (float32 rows) or 8·x² bytes per group, whichever form it is. ``times``
-    works in both; ``covariance`` and ``second`` leave the dual form, and are 8·x² bytes more.
+    works in both; ``covariance`` and ``second`` leave the dual form, and are 8·x² bytes more;
+    ``root`` is there in the dual form alone.
 
     Attributes:
         count: rows seen.
@@ -117,10 +119,16 @@ class Moment:
         if self.scatter is not None:
             return w @ self.scatter / self.count
         out = torch.zeros_like(w)
-        for rows in self.rows:
-            x = rows.centred.double() + (rows.mean - rows.rest - self.mean).unsqueeze(1)
+        for x in self._kept():
             out += w @ x.transpose(1, 2) @ x
         return out / self.count
+
+    @property
+    def root(self) -> Tensor | None:
+        """Z with ZᵀZ the covariance, ``[groups, count, x]``, while the rows are kept; else None."""
+        if self.scatter is not None or not self.rows:
+            return None
+        return torch.cat(list(self._kept()), dim=1) / math.sqrt(self.count)
 
     @property
     def finite(self) -> bool:
@@ -210,6 +218,12 @@ class Moment:
             self.batches += other.batches
             self.squares += other.squares
         add_outer(into, weight * step, step)
+
+    def _kept(self) -> Iterator[Tensor]:
+        """The rows of the dual form about the mean of all, ``[groups, rows, x]``."""
+        assert self.mean is not None  # something was added
+        for rows in self.rows:
+            yield rows.centred.double() + (rows.mean - rows.rest - self.mean).unsqueeze(1)
 
     def _multiplied(self, like: Tensor) -> Tensor:
         """The scatter, after leaving the dual form."""

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from fxsvd.linalg.reconstruction import RIDGE, Reconstruction, cholesky, standardize
+from fxsvd.linalg.inverses import DenseInverse, Inverse, inverse
+from fxsvd.linalg.reconstruction import RIDGE, Reconstruction
+from fxsvd.linalg.second_moments import AnySecondMoment, Root, cholesky, standardize
 
 COMPACT = 1 / 8  # the share of channels gone at which their rows and columns are left out
 
@@ -39,12 +41,12 @@ class Elimination(NamedTuple):
 
 @dataclass(eq=False)
 class _Sweep:
-    """One problem: B (Gs×Gs) and M (m×Gs), group after group.
+    """One problem: B (Gs×Gs) and M (m×Gs), group after group, of s entries each.
 
     Costs are multiplied by ``share``, weight over energy; ``fitted`` is Tr(M R_yxᵀ) at the start.
     """
 
-    b: Tensor
+    b: Inverse
     m: Tensor
     size: int
     share: float
@@ -52,66 +54,72 @@ class _Sweep:
 
     @classmethod
     def removing(cls, problem: Reconstruction, share: float, ridge: float) -> _Sweep:
-        r, ryx = _arranged(problem)
-        lower = cholesky(r, ridge)
-        del r  # as large as all that comes
+        r, ryx = _arranged(problem, problem.second)
         grouped, size = problem.groups.numel(), problem.groups.shape[1]
-        m = torch.cholesky_solve(ryx.T, lower).T
         # Taking out groups never reads the rows of entries that stay.
-        b = torch.cholesky_inverse(lower)[:grouped, :grouped].contiguous()
+        b, m = inverse(r, ryx, ridge, grouped)
         return cls(b, m[:, :grouped].contiguous(), size, share, float((m * ryx).sum()))
 
     @classmethod
     def adding(cls, problem: Reconstruction, share: float, ridge: float) -> _Sweep:
-        r, ryx = _arranged(problem)
+        r, ryx = _arranged(problem, problem.r)
         lower = cholesky(r, ridge)
         r = lower @ lower.T  # with whatever ridge that took
         grouped, size = problem.groups.numel(), problem.groups.shape[1]
         known, cross = r[grouped:, grouped:], r[grouped:, :grouped]
         solved = torch.linalg.solve(known, torch.cat([cross, ryx[:, grouped:].T], dim=1))
         b = r[:grouped, :grouped] - cross.T @ solved[:, :grouped]
-        return cls(b, ryx[:, :grouped] - solved[:, grouped:].T @ cross, size, share)
+        m = ryx[:, :grouped] - solved[:, grouped:].T @ cross
+        return cls(DenseInverse(b), m, size, share)
+
+    def __len__(self) -> int:
+        return self.m.shape[1] // self.size
 
     def costs(self) -> Tensor:
         """The cost of the group at every place, in one batch."""
-        s, count = self.size, len(self.b) // self.size
-        if s == 1:  # one pass over M, in place of a batch of tiny solutions
-            return self.m.square().sum(dim=0) / self.b.diagonal() * self.share
-        blocks = self.b.view(count, s, count, s).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        columns = self.m.view(-1, count, s).permute(1, 2, 0)
+        blocks = self.b.blocks(self.size)
+        if self.size == 1:  # one pass over M, in place of a batch of tiny solutions
+            return self.m.square().sum(dim=0) / blocks.flatten() * self.share
+        columns = self.m.view(-1, len(self), self.size).permute(1, 2, 0)
         lower = torch.linalg.cholesky(blocks)
         half = torch.linalg.solve_triangular(lower, columns, upper=False)
         return torch.sum(half.square(), dim=(1, 2)) * self.share
 
     def take(self, place: int) -> None:
         """Take out the group at a place, which then holds one that costs nothing."""
-        rows = slice(place * self.size, (place + 1) * self.size)
-        lower = torch.linalg.cholesky(self.b[rows, rows])
-        half = torch.linalg.solve_triangular(lower, self.b[rows], upper=False)
-        part = torch.linalg.solve_triangular(lower, self.m[:, rows].T, upper=False)
-        self.b.addmm_(half.T, half, alpha=-1)
+        where = slice(place * self.size, (place + 1) * self.size)
+        rows = self.b.rows(where)
+        lower = torch.linalg.cholesky(rows[:, where])
+        half = torch.linalg.solve_triangular(lower, rows, upper=False)
+        part = torch.linalg.solve_triangular(lower, self.m[:, where].T, upper=False)
+        self.b.take(where, half)
         self.m.addmm_(part.T, half, alpha=-1)
-        self.m[:, rows] = self.b[rows] = self.b[:, rows] = 0
-        self.b.diagonal()[rows] = 1
+        self.m[:, where] = 0
 
     def keep(self, places: Tensor) -> None:
         """Forget all places but these."""
         within = torch.arange(self.size, device=places.device)
         entries = (places[:, None] * self.size + within).flatten()
-        self.b = self.b.index_select(0, entries).index_select(1, entries)
+        self.b = self.b.keep(entries)
         self.m = self.m.index_select(1, entries)
 
 
-def _arranged(problem: Reconstruction) -> tuple[Tensor, Tensor]:
+def _arranged(problem: Reconstruction, r: AnySecondMoment) -> tuple[AnySecondMoment, Tensor]:
     """Standardized R, and R_yx: group after group, then the rest; pads are inputs without data."""
     free = (problem.owner == len(problem.groups)).nonzero()[:, 0]
     order = torch.cat([problem.groups.flatten(), free])
-    if torch.equal(order, torch.arange(len(problem.r), device=order.device)):
-        matrix, scale = standardize(problem.r)  # the usual order: no copy
+    if torch.equal(order, torch.arange(len(r), device=order.device)):
+        matrix, scale = standardize(r)  # the usual order: no copy
         return matrix, problem.ryx * scale
-    real = order >= 0
-    matrix, scale = standardize(problem.r[order][:, order] * (real[:, None] & real))
+    matrix, scale = standardize(_ordered(r, order))
     return matrix, problem.ryx[:, order] * scale
+
+
+def _ordered(r: AnySecondMoment, order: Tensor) -> AnySecondMoment:
+    real = order >= 0
+    if isinstance(r, Root):
+        return cast(AnySecondMoment, Root(r.z[:, order] * real))
+    return r[order][:, order] * (real[:, None] & real)
 
 
 def backward_elimination(
@@ -199,7 +207,7 @@ def _shares(problems: Sequence[Reconstruction], weights: Sequence[float] | None)
 
 def _sweep(sweeps: list[_Sweep], steps: int, sign: int) -> tuple[Tensor, Tensor]:
     """Take out ``steps`` groups, always that of least ``sign``·cost; the rest follow by it."""
-    alive = torch.arange(len(sweeps[0].b) // sweeps[0].size, device=sweeps[0].b.device)
+    alive = torch.arange(len(sweeps[0]), device=sweeps[0].m.device)
     gone = torch.zeros_like(alive, dtype=torch.bool)
     order: list[int] = []
     costs: list[float] = []

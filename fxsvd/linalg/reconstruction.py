@@ -17,13 +17,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fxsvd.linalg.inverses import solve
+from fxsvd.linalg.second_moments import Root, SecondMoment, restricted, standardize
 from fxsvd.linalg.svd import finite_matrix
 
 # Above what rounding of float32 activations and sums does to the spectrum of correlations; it adds
 # at most ε/4·Σᵢ rᵢᵢ‖mᵢ‖² to E‖y − M x‖², and O(ε²) in directions that are well determined.
 RIDGE = 1e-6
-RAISED = (1e-10, 1e-8, 1e-6, 1e-4, 1e-2)  # tried in turn where a ridge does not suffice
-PIVOT = 1e-12  # the unexplained share of an input below which a system counts as singular
 CONSTANT = 1e-12  # the share of its second moment below which a variance is rounding
 
 
@@ -32,7 +32,7 @@ class Reconstruction:
     """The problem min over M of ½E‖y − M x‖², given by second moments (kept in float64).
 
     Args:
-        r: E[x xᵀ] or the covariance of x, d×d.
+        second: R = E[x xᵀ] or the covariance of x, d×d, or its root.
         ryx: E[y xᵀ], m×d.
         energy: E‖y‖².
         groups: G×s, the entries of x that belong to each channel; −1 pads.
@@ -48,22 +48,22 @@ class Reconstruction:
     (0.5, 0.1, [[0.0, -1.0]])
     """
 
-    r: Tensor
+    second: SecondMoment
     ryx: Tensor
     energy: float
     groups: Tensor
 
     def __post_init__(self) -> None:
-        r, ryx = _moments(self.r, self.ryx)
+        second, ryx = _any_moments(self.second, self.ryx)
         if not 0 <= self.energy < float("inf"):
             raise ValueError(f"energy {self.energy} is E‖y‖²: from 0, and finite")
-        groups = self.groups.to(r.device, torch.int64)
-        _require_disjoint(groups, len(r))
-        for name, value in (("r", r), ("ryx", ryx), ("groups", groups)):
+        groups = self.groups.to(ryx.device, torch.int64)
+        _require_disjoint(groups, len(second))
+        for name, value in (("second", second), ("ryx", ryx), ("groups", groups)):
             object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
-        d, count, m = len(self.r), len(self.groups), len(self.ryx)
+        d, count, m = len(self.second), len(self.groups), len(self.ryx)
         return f"Reconstruction({d} inputs in {count} channels, {m} outputs)"
 
     @classmethod
@@ -91,9 +91,14 @@ class Reconstruction:
         return cls(r, wr, energy, groups)
 
     @cached_property
+    def r(self) -> Tensor:
+        """R, d×d; multiplied out where only its root was given."""
+        return self.second.dense() if isinstance(self.second, Root) else self.second
+
+    @cached_property
     def owner(self) -> Tensor:
         """The group of each entry of x, d numbers; G where there is none."""
-        owner = self.groups.new_full((len(self.r),), len(self.groups))
+        owner = self.groups.new_full((len(self.second),), len(self.groups))
         used = self.groups >= 0
         owner[self.groups[used]] = used.nonzero()[:, 0]
         return owner
@@ -112,7 +117,7 @@ class Reconstruction:
         """
         if kept.shape != (len(self.groups),) or kept.dtype != torch.bool:
             raise ValueError(f"kept has to be one bool for each of the {len(self.groups)} channels")
-        kept = kept.to(self.r.device)
+        kept = kept.to(self.ryx.device)
         return torch.cat([kept, kept.new_ones(1)])[self.owner].nonzero()[:, 0]
 
     def loss(self, m: Tensor) -> float:
@@ -134,9 +139,21 @@ class Reconstruction:
 
 def _moments(r: Tensor, ryx: Tensor) -> tuple[Tensor, Tensor]:
     r, ryx = finite_matrix(r), finite_matrix(ryx)
-    if r.shape != (ryx.shape[1], ryx.shape[1]):
-        raise ValueError(f"{tuple(r.shape)} and {tuple(ryx.shape)} do not fit: want d×d and m×d")
+    _require_fit(tuple(r.shape), ryx)
     return r, ryx
+
+
+def _any_moments(r: SecondMoment, ryx: Tensor) -> tuple[SecondMoment, Tensor]:
+    if isinstance(r, Tensor):
+        return _moments(r, ryx)
+    ryx = finite_matrix(ryx)
+    _require_fit((len(r), len(r)), ryx)
+    return r, ryx
+
+
+def _require_fit(shape: tuple[int, ...], ryx: Tensor) -> None:
+    if shape != (ryx.shape[1], ryx.shape[1]):
+        raise ValueError(f"{shape} and {tuple(ryx.shape)} do not fit: want d×d and m×d")
 
 
 def _require_disjoint(groups: Tensor, d: int) -> None:
@@ -149,55 +166,14 @@ def _require_disjoint(groups: Tensor, d: int) -> None:
         raise ValueError("groups name an entry of x twice: each belongs to one channel at most")
 
 
-def standardize(r: Tensor) -> tuple[Tensor, Tensor]:
-    """diag(s) R diag(s) with ones on its diagonal, and s.
-
-    An input that never differs from zero has s = 0, so that it is unrelated to all others.
-
-    >>> standardize(torch.tensor([[4.0, 1.0], [1.0, 1.0]]).double())[0][0].tolist()
-    [1.0, 0.5]
-    """
-    diagonal = r.diagonal()
-    scale = torch.where(diagonal > 0, diagonal, torch.inf).rsqrt()
-    matrix = r + r.T
-    matrix *= 0.5 * scale[:, None]  # in place: r may be large
-    matrix *= scale
-    matrix.diagonal().fill_(1)
-    return matrix, scale
-
-
-def cholesky(matrix: Tensor, ridge: float) -> Tensor:
-    """The lower factor of ``matrix`` + ridge·I, with a ridge raised until that is safely positive.
-
-    Args:
-        matrix: d×d with ones on its diagonal: squared pivots are unexplained shares of an input.
-        ridge: the least ridge.
-
-    Raises:
-        ValueError: even a ridge of one percent leaves it indefinite.
-
-    >>> cholesky(torch.eye(2), 3.0).diagonal().tolist()
-    [2.0, 2.0]
-    """
-    if not ridge >= 0:
-        raise ValueError(f"ridge has to be 0 or more, but is {ridge}")
-    for shift in (ridge, *(larger for larger in RAISED if larger > ridge)):
-        shifted = matrix.clone()
-        shifted.diagonal().add_(shift)
-        lower, failed = torch.linalg.cholesky_ex(shifted)
-        if not failed and bool((lower.diagonal().square() > PIVOT).all()):
-            return torch.as_tensor(lower)
-    raise ValueError("r is no second moment: a ridge of 1e-2 leaves it indefinite; check the data")
-
-
-def least_squares(r: Tensor, ryx: Tensor, support: Tensor, *, ridge: float = RIDGE) -> Tensor:
+def least_squares(r: SecondMoment, ryx: Tensor, support: Tensor, *, ridge: float = RIDGE) -> Tensor:
     """The best matrix on the kept inputs, R_yx,S (R_SS + ε·diag R_SS)⁻¹.
 
     Inputs without variance get coefficients of zero, inputs that repeat each other equal ones (in
     units of their size). Where the ridge is too small to solve the system it is raised.
 
     Args:
-        r: E[x xᵀ], d×d.
+        r: E[x xᵀ], d×d, or its root.
         ryx: E[y xᵀ], m×d.
         support: the inputs that stay: d bools, or their indices.
         ridge: ε, relative to each input's own second moment.
@@ -212,12 +188,10 @@ def least_squares(r: Tensor, ryx: Tensor, support: Tensor, *, ridge: float = RID
     >>> least_squares(r, ryx, torch.tensor([True, False]), ridge=0)
     tensor([[1.5000]], dtype=torch.float64)
     """
-    r, ryx = _moments(r, ryx)
-    support = support.to(r.device)
-    matrix, scale = standardize(r[support][:, support])
-    lower = cholesky(matrix, ridge)
-    m: Tensor = torch.cholesky_solve((ryx[:, support] * scale).T, lower).T * scale
-    return m
+    r, ryx = _any_moments(r, ryx)
+    support = support.to(ryx.device)
+    matrix, scale = standardize(restricted(r, support))
+    return solve(matrix, ryx[:, support] * scale, ridge) * scale
 
 
 def centred(second_moment: Tensor, mean: Tensor) -> Tensor:

@@ -15,16 +15,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fxsvd.linalg.reconstruction import standardize
+from fxsvd.linalg.second_moments import Root, SecondMoment, standardize
+
+ZERO = 1e-12
+"""The share of the largest eigenvalue below which one is rounding."""
 
 
 def cross_validation_scores(
-    r: Tensor, ryx: Tensor, energy: float, rows: int, ridges: Sequence[float]
+    r: SecondMoment, ryx: Tensor, energy: float, rows: int, ridges: Sequence[float]
 ) -> Tensor:
     """The error on data that was not seen, estimated for each ridge; less is better.
 
     Args:
-        r: covariance of x, d×d.
+        r: covariance of x, d×d, or its root.
         ryx: covariance of y and x, m×d.
         energy: Σ variances of y.
         rows: how many independent rows the moments come from.
@@ -42,10 +45,24 @@ def cross_validation_scores(
     """
     if rows < 1:
         raise ValueError("moments of no rows validate nothing")
+    spectrum, power = _spectrum(r, ryx.double())
+    return spectral_scores(spectrum, power, energy, rows, ridges)
+
+
+def _spectrum(r: SecondMoment, ryx: Tensor) -> tuple[Tensor, Tensor]:
+    """The spectrum of the standardized R, and ‖qᵢ‖² beside it; without inputs that are constant."""
+    if isinstance(r, Root):
+        root, scale = r.standardized()
+        spectrum, basis = torch.linalg.eigh(root.z @ root.z.T)  # Q = Zᵀ basis Λ^-½
+        power = ((ryx * scale) @ root.z.T @ basis).square().sum(0)
+        real = spectrum > ZERO * spectrum[-1]
+        return spectrum[real], power[real] / spectrum[real]
     matrix, scale = standardize(r.double())
+    varies = scale > 0
+    if not bool(varies.all()):
+        matrix, scale, ryx = matrix[varies][:, varies], scale[varies], ryx[:, varies]
     spectrum, basis = torch.linalg.eigh(matrix)
-    power = ((ryx.double() * scale) @ basis).square().sum(0)
-    return spectral_scores(spectrum.clamp(min=0), power, energy, rows, ridges)
+    return spectrum.clamp(min=0), ((ryx * scale) @ basis).square().sum(0)
 
 
 def spectral_scores(
@@ -76,7 +93,7 @@ def spectral_scores(
 
 
 def validated_ridge(
-    r: Tensor, ryx: Tensor, energy: float, rows: int, ridges: Sequence[float]
+    r: SecondMoment, ryx: Tensor, energy: float, rows: int, ridges: Sequence[float]
 ) -> float:
     """The smallest of the ridges whose score is within a percent of the best.
 

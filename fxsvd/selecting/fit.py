@@ -18,6 +18,7 @@ from fxsvd.data.moments import Moment
 from fxsvd.data.readers import Reader
 from fxsvd.edits import Assign, Estimate
 from fxsvd.linalg.reconstruction import least_squares
+from fxsvd.linalg.second_moments import Root, SecondMoment, restricted
 from fxsvd.linalg.validation import validated_ridge
 
 Mask = npt.NDArray[np.bool_]
@@ -106,39 +107,38 @@ def fit(reader: Reader, moment: Moment, alive: Mask, *, ridge: float | None = No
         alive: ``[groups, row]``.
         ridge: relative to the variance of each input; None: ``RIDGE``, or more where rows are few.
     """
-    w, covariance = reader.matrices(), moment.covariance
+    w = reader.matrices()
     assert moment.cross is not None  # paired
     assert moment.mean is not None
     assert moment.mean_y is not None
     assert moment.scatter_y is not None
-    matrices = torch.zeros_like(w)
-    for g in range(reader.groups):
+    matrices = w * torch.from_numpy(alive).unsqueeze(1)
+    rest = moment.cross / moment.count - moment.times(matrices)
+    energy = losses(moment, matrices)[0].view(reader.groups, -1).sum(1)
+    for g, r in enumerate(covariances(moment)):
         support = torch.from_numpy(np.flatnonzero(alive[g]))
-        rest = moment.cross[g] / moment.count - w[g][:, support] @ covariance[g][support]
-        strength = _ridge(moment, w, g, support, rest) if ridge is None else ridge
-        change = least_squares(covariance[g], rest, support, ridge=strength)
-        matrices[g][:, support] = w[g][:, support] + change
+        strength = ridge
+        if strength is None:
+            strength = _ridge(r, rest[g], float(energy[g]), moment.count, support)
+        matrices[g][:, support] += least_squares(r, rest[g], support, ridge=strength)
     mean_hat = (matrices @ moment.mean.unsqueeze(-1)).squeeze(-1)
     intercept = (moment.mean_y - mean_hat).flatten()
     return Fit(reader, matrices, intercept, 0.0).judged(moment)
 
 
-def _ridge(moment: Moment, w: Tensor, g: int, support: Tensor, rest: Tensor) -> float:
-    """For the fit of one group on a support, where ``rest`` is left to explain."""
-    if moment.count >= FEW * len(support):
+def covariances(moment: Moment) -> list[SecondMoment]:
+    """Of the inputs, by group; roots while the rows are kept."""
+    root = moment.root
+    return list(moment.covariance) if root is None else [Root(z) for z in root]
+
+
+def _ridge(r: SecondMoment, ryx: Tensor, energy: float, rows: int, support: Tensor) -> float:
+    """For the fit to so many rows, of outputs of that energy."""
+    if rows >= FEW * len(support):
         return RIDGE
     if len(support) > WIDEST:
-        return max(RIDGE, len(support) / moment.count)
-    kept = torch.zeros_like(w[g])
-    kept[:, support] = w[g][:, support]
-    assert moment.cross is not None  # paired
-    assert moment.scatter_y is not None
-    total = float(moment.scatter_y[g].sum()) / moment.count
-    explained = 2 * float((kept * moment.cross[g]).sum()) / moment.count
-    covariance = moment.covariance[g]
-    energy = max(total - explained + float(((kept @ covariance) * kept).sum()), 0.0)
-    within = covariance[support][:, support]
-    return validated_ridge(within, rest[:, support], energy, moment.count, RIDGES)
+        return max(RIDGE, len(support) / rows)
+    return validated_ridge(restricted(r, support), ryx[:, support], energy, rows, RIDGES)
 
 
 def lost(moment: Moment, matrices: Tensor) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,10 @@ from fxsvd.data.moments import Moment
 from fxsvd.data.readers import Reader
 from fxsvd.dependency import Dependencies
 from fxsvd.importance import Scores
-from fxsvd.linalg.reconstruction import RIDGE, Reconstruction, cholesky, standardize
+from fxsvd.linalg.reconstruction import RIDGE, Reconstruction
+from fxsvd.linalg.second_moments import Root, SecondMoment, cholesky, restricted, standardize
 from fxsvd.relations import Atoms
-from fxsvd.selecting.fit import Fit, Mask, lost, own_output
+from fxsvd.selecting.fit import Fit, Mask, covariances, lost, own_output
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,46 +84,35 @@ class Selection:
 
     def posed(self, channels: Atoms) -> list[Posed]:
         """The same, with what makes a weight of a solution."""
-        out = []
-        for name, reader in self.reading.items():
-            if np.isin(reader.channels, channels).any():
-                scale = self._scale(reader)
-                for g, entries in enumerate(reader.entries()):
-                    posed = self._posed(name, g, scale[g], entries, channels)
-                    out += [] if posed is None else [posed]
-        return out
+        read = [n for n, r in self.reading.items() if np.isin(r.channels, channels).any()]
+        return [posed for name in read for posed in self._posed(name, channels)]
 
-    def _posed(
-        self, name: str, g: int, scale: Tensor, entries: Atoms, channels: Atoms
-    ) -> Posed | None:
-        stays = np.flatnonzero(self.kept[entries])
-        groups = entry_groups(entries[stays], channels)
-        if (groups < 0).all():
-            return None
-        support = torch.from_numpy(stays)
-        covariance = self.moments[name].covariance[g]
-        cross, energy, basis = self._cross(name, g, scale.unsqueeze(1), covariance)
-        within = covariance if len(stays) == len(entries) else covariance[support][:, support]
-        problem = Reconstruction(within, cross[:, support], energy, groups)
-        return Posed(name, g, support, scale, basis, problem)
+    def _posed(self, name: str, channels: Atoms) -> Iterator[Posed]:
+        """One problem for every group of a layer that reads some of the channels."""
+        reader, moment = self.reading[name], self.moments[name]
+        scale = self._scale(reader)
+        crosses, energies = self._targets(reader, moment, scale.unsqueeze(2))
+        for g, (entries, covariance) in enumerate(
+            zip(reader.entries(), covariances(moment), strict=True)
+        ):
+            stays = np.flatnonzero(self.kept[entries])
+            groups = entry_groups(entries[stays], channels)
+            if (groups < 0).all():
+                continue
+            support = torch.from_numpy(stays)
+            within = covariance if len(stays) == len(entries) else restricted(covariance, support)
+            cross, basis = _fewer(crosses[g], covariance)
+            problem = Reconstruction(within, cross[:, support], float(energies[g]), groups)
+            yield Posed(name, g, support, scale[g], basis, problem)
 
-    def _cross(
-        self, name: str, g: int, scale: Tensor, covariance: Tensor
-    ) -> tuple[Tensor, float, Tensor | None]:
-        """E[y xᵀ] and E‖y‖² of the scaled targets: those in the moment, or the layer's outputs."""
-        moment = self.moments[name]
+    def _targets(self, reader: Reader, moment: Moment, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """E[y xᵀ] and E‖y‖² by group, of the scaled targets: the moment's, or the outputs."""
         if moment.cross is not None and moment.scatter_y is not None:
-            cross = moment.cross[g] / moment.count * scale
-            power = moment.scatter_y[g].unsqueeze(1) / moment.count * scale.square()
-            energy = float(power.sum())
-        else:
-            w = self.reading[name].matrices()[g] * scale
-            cross = w @ covariance
-            energy = max(0.0, float((cross * w).sum()))
-        if len(cross) <= cross.shape[1]:
-            return cross, energy, None
-        basis, cross = torch.linalg.qr(cross)
-        return cross, energy, basis
+            power = moment.scatter_y.unsqueeze(2) / moment.count * scale.square()
+            return moment.cross / moment.count * scale, power.sum((1, 2))
+        w = reader.matrices() * scale
+        cross = moment.times(w)
+        return cross, (cross * w).sum((1, 2)).clamp(min=0)
 
     def _scale(self, reader: Reader) -> Tensor:
         """How much each output counts, ``[groups, out / groups]``."""
@@ -168,6 +158,17 @@ class Selection:
             if b.dims == (0,):
                 out = self.kept[self.deps.channels.of[b.atoms]].astype(np.float64)
         return out
+
+
+def _fewer(cross: Tensor, r: SecondMoment) -> tuple[Tensor, Tensor | None]:
+    """E[y xᵀ] in a basis of the outputs, where inputs or rows tell fewer apart than there are."""
+    if isinstance(r, Root) and len(r.z) < len(cross):
+        basis, _ = torch.linalg.qr(cross @ r.z.T)  # the columns of AZ are those of AZZᵀ
+        return basis.T @ cross, basis
+    if len(cross) > cross.shape[1]:
+        basis, cross = torch.linalg.qr(cross)
+        return cross, basis
+    return cross, None
 
 
 def entry_groups(entries: Atoms, channels: Atoms) -> Tensor:

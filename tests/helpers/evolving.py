@@ -13,7 +13,8 @@ class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.stem, self.norm = nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6)
+        # No bias in front of the norm: its gradient is rounding, and Rprop steps by the sign.
+        self.stem, self.norm = nn.Conv2d(2, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
         self.a, self.b = nn.Conv2d(6, 8, 3, padding=1), nn.Conv2d(8, 6, 1)
         self.head = nn.Linear(6, 3)
         with torch.no_grad():

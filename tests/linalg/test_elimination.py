@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fxsvd.linalg.elimination import backward_elimination, forward_selection
 from fxsvd.linalg.reconstruction import RIDGE, Reconstruction, least_squares
+from fxsvd.linalg.second_moments import Root
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -78,16 +79,37 @@ def three_problems() -> list[Reconstruction]:
     ]
 
 
+def of_few_rows(rows: int, groups: Tensor, d: int, seed: int) -> Reconstruction:
+    """Of outputs with noise, so that no fit is exact; one input never differs from zero."""
+    z = normal(rows, d, seed=seed) @ (torch.eye(d) + 0.5 * normal(d, d, seed=seed + 1) / d**0.5)
+    z[:, -1] = 0
+    y = z @ normal(d, 4, seed=seed + 2) + 0.1 * normal(rows, 4, seed=seed + 3)
+    return Reconstruction(Root(z), y.T @ z, float(y.square().sum()), groups)
+
+
+def rooted_problems() -> list[Reconstruction]:
+    """Of the same channels: with single entries, and with pads and entries that stay."""
+    groups = torch.randperm(44, generator=torch.Generator().manual_seed(0)).view(11, 4)
+    few = groups[:9].clone()
+    few[3, 2] = few[7, 0] = -1
+    return [of_few_rows(6, torch.arange(9)[:, None], 9, 30), of_few_rows(13, few, 44, 40)]
+
+
 PROBLEMS = {
+    "few rows": rooted_problems(),
     "linear": [correlated(10, 1, 4)],
     "convolution": [correlated(8, 4, 6)],
     "several": three_problems(),
 }
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+# Of one row, all inputs say the same, and every order is as good.
+TIED = {"one row": [of_few_rows(1, torch.arange(5)[:, None], 5, 60)]}
+
+
+@pytest.mark.parametrize("name", PROBLEMS | TIED)
 def test_costs_are_the_errors_after_refitting(name: str) -> None:
-    problems = PROBLEMS[name]
+    problems = (PROBLEMS | TIED)[name]
     count = len(problems[0].groups)
     found = backward_elimination(problems, stop=0)
     assert sorted(found.order.tolist()) == list(range(count))

@@ -146,7 +146,8 @@ def test_the_first_steps_are_those_of_the_published_recursion() -> None:
 def test_the_largest_penalty_is_where_the_first_group_enters(groups: int, size: int) -> None:
     problem = correlated(groups, size, 4)
     penalty = largest_penalty(problem)
-    assert penalty == max(float(problem.ryx[:, g].norm()) for g in problem.groups)
+    largest = max(float(problem.ryx[:, g].norm()) for g in problem.groups)
+    assert penalty == pytest.approx(largest, rel=1e-14)
     assert (group_lasso(problem, penalty).m == 0).all()
     below = group_lasso(problem, penalty * (1 - 1e-6), tolerance=1e-12).m
     assert int((norms(problem, below) > 0).sum()) == 1

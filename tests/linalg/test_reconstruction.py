@@ -10,11 +10,10 @@ from fxsvd.linalg.reconstruction import (
     RIDGE,
     Reconstruction,
     centred,
-    cholesky,
     intercept,
     least_squares,
-    standardize,
 )
+from fxsvd.linalg.second_moments import cholesky, standardize
 
 EACH = torch.arange(5)[:, None]
 
@@ -101,8 +100,8 @@ def test_a_target_of_zero_has_no_error_at_zero_and_an_infinite_one_elsewhere() -
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"r": torch.eye(4)}, "do not fit"),
-        ({"r": torch.full((5, 5), torch.nan)}, "not finite"),
+        ({"second": torch.eye(4)}, "do not fit"),
+        ({"second": torch.full((5, 5), torch.nan)}, "not finite"),
         ({"energy": -1.0}, "from 0"),
         ({"energy": float("nan")}, "from 0"),
         ({"groups": torch.tensor([[0], [0]])}, "twice"),
@@ -113,7 +112,7 @@ def test_a_target_of_zero_has_no_error_at_zero_and_an_infinite_one_elsewhere() -
 )
 def test_a_problem_that_makes_no_sense_is_refused(change: dict[str, object], message: str) -> None:
     fine: dict[str, object] = {
-        "r": torch.eye(5), "ryx": torch.ones(2, 5), "energy": 10.0, "groups": EACH
+        "second": torch.eye(5), "ryx": torch.ones(2, 5), "energy": 10.0, "groups": EACH
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         Reconstruction(**{**fine, **change})  # type: ignore[arg-type]

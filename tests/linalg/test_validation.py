@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fxsvd.linalg.reconstruction import least_squares
+from fxsvd.linalg.second_moments import Root
 from fxsvd.linalg.validation import cross_validation_scores, validated_ridge
 
 RIDGES = (1e-6, 1e-4, 1e-2, 1.0)
@@ -37,6 +38,24 @@ def test_scores_are_those_of_the_hat_matrix(entries: int) -> None:
         rest = (y - (hat - 1 / 40) @ y).square().sum() / 40
         expected = rest / (1 - hat.trace() / 40) ** 2
         torch.testing.assert_close(score, expected, rtol=1e-6, atol=0)
+
+
+def test_a_constant_input_takes_no_part() -> None:
+    x, y = sample(40, 30, 1.0)
+    r, ryx, energy = moments(x, y)
+    expected = cross_validation_scores(r, ryx, energy, 40, RIDGES)
+    r, ryx = torch.block_diag(r, torch.zeros(9, 9)), torch.cat([ryx, torch.zeros(3, 9)], 1)
+    torch.testing.assert_close(cross_validation_scores(r, ryx, energy, 40, RIDGES), expected)
+
+
+def test_a_root_is_scored_as_what_it_stands_for() -> None:
+    x, y = sample(25, 30, 1.0)
+    x[:, 3] = 0
+    r, ryx, energy = moments(x, y)
+    root = Root((x - x.mean(0)) / 5)
+    scores = cross_validation_scores(root, ryx, energy, 25, RIDGES[1:])
+    expected = cross_validation_scores(r, ryx, energy, 25, RIDGES[1:])
+    torch.testing.assert_close(scores, expected, rtol=1e-7, atol=1e-12 * energy)
 
 
 def test_an_exact_relation_needs_no_ridge() -> None:
