@@ -12,6 +12,7 @@ more for a step, two seconds for a resize.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -62,6 +63,14 @@ def _step(
     optimizer.step()
 
 
+def _look(batches: Sequence[Tensor]) -> None:
+    """One forward pass of each; Select takes three, and solves."""
+    network = TASKS["mnist"].network()
+    with torch.no_grad():
+        for batch in batches:
+            network(batch)
+
+
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -71,6 +80,7 @@ def main() -> None:
     images, labels = torch.randn(BATCH, 1, 28, 28), torch.randint(10, (BATCH,))
     print(f"overhead of a step: {overhead(images, labels, options.steps):+.1%}", flush=True)
     calibration = torch.randn(1000, 1, 28, 28).split(100)
+    print(f"a look at 1,000 images: {seconds(partial(_look, calibration)):.2f} s", flush=True)
     for name, resize in RESIZES.items():
         evolving = evolver(images)
         spent = seconds(partial(evolving.resize, resize, data=calibration))

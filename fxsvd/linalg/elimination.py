@@ -19,7 +19,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fxsvd.linalg.inverses import DenseInverse, Inverse, inverse
+from fxsvd.linalg.inverses import DenseInverse, Inverse, system
 from fxsvd.linalg.reconstruction import RIDGE, Reconstruction
 from fxsvd.linalg.second_moments import AnySecondMoment, Root, cholesky, standardize
 
@@ -55,9 +55,11 @@ class _Sweep:
     @classmethod
     def removing(cls, problem: Reconstruction, share: float, ridge: float) -> _Sweep:
         r, ryx = _arranged(problem, problem.second)
+        solver = system(r, ridge)
+        del r  # as large as all that comes
         grouped, size = problem.groups.numel(), problem.groups.shape[1]
-        # Taking out groups never reads the rows of entries that stay.
-        b, m = inverse(r, ryx, ridge, grouped)
+        m = solver.solved(ryx)
+        b = solver.inverse(grouped)  # taking out groups never reads the rows of entries that stay
         return cls(b, m[:, :grouped].contiguous(), size, share, float((m * ryx).sum()))
 
     @classmethod

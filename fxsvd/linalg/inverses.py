@@ -59,12 +59,6 @@ class RootInverse:
     v: Tensor
     ridge: float
 
-    @classmethod
-    def of(cls, root: Root, ridge: float) -> RootInverse:
-        """Of R = ZᵀZ, with ε raised as ``factored`` does."""
-        lower, taken = factored(root.z @ root.z.T, ridge)
-        return cls(torch.linalg.solve_triangular(lower, root.z, upper=False), taken)
-
     def applied(self, m: Tensor) -> Tensor:
         """M B of an m×D matrix."""
         return (m - (m @ self.v.T) @ self.v) / self.ridge
@@ -88,9 +82,9 @@ class RootInverse:
             where: the entries of the group.
             half: S⁻¹ B_g:, with S Sᵀ = B_gg.
         """
-        across = half[:, where].T @ half * -self.ridge  # V_gᵀV = I_g: − ε B_g:, but for I_g:
+        across = half[:, where].T @ half * -self.ridge  # −ε B_g:
         values, vectors = torch.linalg.eigh(-across[:, where])  # of Q²
-        across[:, where].diagonal().add_(1)
+        across[:, where].diagonal().add_(1)  # V_gᵀV
         q = values.clamp(min=torch.finfo(values.dtype).tiny).sqrt()
         self.v += self.v[:, where] @ (vectors / (q + q.square())) @ (vectors.T @ across)
         self.v[:, where] = 0
@@ -108,39 +102,50 @@ class RootInverse:
 Inverse: TypeAlias = DenseInverse | RootInverse
 
 
-def solve(r: SecondMoment, ryx: Tensor, ridge: float) -> Tensor:
-    """R_yx (R + εI)⁻¹ of a standardized R, m×d, with ε raised as ``factored`` does.
+@dataclass(frozen=True, eq=False)
+class DenseSystem:
+    """R + εI = LLᵀ."""
 
-    >>> solve(torch.eye(2), torch.tensor([[4.0, 2.0]]), 1.0)
-    tensor([[2., 1.]])
-    >>> solve(Root(torch.tensor([[1.0, 0.0]])), torch.tensor([[4.0, 2.0]]).double(), 1.0)
-    tensor([[2., 2.]], dtype=torch.float64)
+    lower: Tensor
+
+    def solved(self, ryx: Tensor) -> Tensor:
+        """R_yx (R + εI)⁻¹, m×d."""
+        solution: Tensor = torch.cholesky_solve(ryx.T, self.lower).T
+        return solution
+
+    def inverse(self, count: int) -> DenseInverse:
+        """The part of the first entries, so many of them."""
+        return DenseInverse(torch.cholesky_inverse(self.lower)[:count, :count].contiguous())
+
+
+@dataclass(frozen=True, eq=False)
+class RootSystem:
+    """R + εI = ZᵀZ + εI, with its inverse B."""
+
+    z: Tensor
+    b: RootInverse
+
+    def solved(self, ryx: Tensor) -> Tensor:
+        """R_yx B, m×d; refined once, for I − VᵀV cancels in what the rows determine well."""
+        m = self.b.applied(ryx)
+        return m + self.b.applied(ryx - (m @ self.z.T) @ self.z - self.b.ridge * m)
+
+    def inverse(self, count: int) -> RootInverse:
+        """The part of the first entries, so many of them."""
+        return RootInverse(self.b.v[:, :count].contiguous(), self.b.ridge)
+
+
+def system(r: SecondMoment, ridge: float) -> DenseSystem | RootSystem:
+    """R + εI of a standardized R, with ε raised as ``factored`` does.
+
+    >>> ryx = torch.tensor([[4.0, 3.0]], dtype=torch.float64)
+    >>> system(torch.eye(2).double(), 3.0).solved(ryx)
+    tensor([[1.0000, 0.7500]], dtype=torch.float64)
+    >>> system(Root(torch.tensor([[1.0, 0.0]])), 3.0).solved(ryx)
+    tensor([[1., 1.]], dtype=torch.float64)
     """
     if isinstance(r, Root):
-        return _refined(r, RootInverse.of(r, ridge), ryx)
-    lower, _ = factored(r, ridge)
-    solution: Tensor = torch.cholesky_solve(ryx.T, lower).T
-    return solution
-
-
-def inverse(r: SecondMoment, ryx: Tensor, ridge: float, count: int) -> tuple[Inverse, Tensor]:
-    """The first entries' part of (R + εI)⁻¹, of a standardized R, and R_yx (R + εI)⁻¹ whole.
-
-    >>> b, m = inverse(torch.eye(2), torch.tensor([[4.0, 2.0]]), 1.0, 1)
-    >>> b.rows(slice(0, 1)), m
-    (tensor([[0.5000]]), tensor([[2., 1.]]))
-    """
-    if isinstance(r, Root):
-        found = RootInverse.of(r, ridge)
-        first = RootInverse(found.v[:, :count].contiguous(), found.ridge)
-        return first, _refined(r, found, ryx)
-    lower, _ = factored(r, ridge)
-    del r  # as large as all that comes
-    m = torch.cholesky_solve(ryx.T, lower).T
-    return DenseInverse(torch.cholesky_inverse(lower)[:count, :count].contiguous()), m
-
-
-def _refined(r: Root, b: RootInverse, ryx: Tensor) -> Tensor:
-    """R_yx B, refined once: I − VᵀV cancels in what the rows determine well."""
-    m = b.applied(ryx)
-    return m + b.applied(ryx - (m @ r.z.T) @ r.z - b.ridge * m)
+        lower, taken = factored(r.z @ r.z.T, ridge)
+        v = torch.linalg.solve_triangular(lower, r.z, upper=False)
+        return RootSystem(r.z, RootInverse(v, taken))
+    return DenseSystem(factored(r, ridge)[0])

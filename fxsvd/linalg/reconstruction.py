@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fxsvd.linalg.inverses import solve
+from fxsvd.linalg.inverses import system
 from fxsvd.linalg.second_moments import Root, SecondMoment, restricted, standardize
 from fxsvd.linalg.svd import finite_matrix
 
@@ -191,7 +191,7 @@ def least_squares(r: SecondMoment, ryx: Tensor, support: Tensor, *, ridge: float
     r, ryx = _any_moments(r, ryx)
     support = support.to(ryx.device)
     matrix, scale = standardize(restricted(r, support))
-    return solve(matrix, ryx[:, support] * scale, ridge) * scale
+    return system(matrix, ridge).solved(ryx[:, support] * scale) * scale
 
 
 def centred(second_moment: Tensor, mean: Tensor) -> Tensor:
