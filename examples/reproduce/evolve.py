@@ -64,7 +64,7 @@ class Shrinking:
 
 
 def smallest(run: Run, options: argparse.Namespace) -> None:
-    """Shrink until no channel can go any more: all spaces together, and then one at a time.
+    """Shrink until no channel can go any more: spaces together where they can, else one at a time.
 
     Few channels say much each, and what the network is without one is only known when it has been
     trained without it: the channel that costs most goes first. Where the accuracy is not held, the
@@ -74,24 +74,28 @@ def smallest(run: Run, options: argparse.Namespace) -> None:
     kept, needed = options.work / f"evolve-{options.task}-smallest.pt", set[str]()
     if kept.exists():
         run.restore(torch.load(kept, weights_only=False))
-    while shares := _dearest(run, needed):
-        if not needed and max(shares.values()) <= options.ratio:
-            shares = {"*": options.ratio}
+    together = True  # spaces lose the same share, where all have enough channels for that
+    while shares := _dearest(deps := fxsvd.analyze(run.evolver.model), needed):
+        alike = together and max(shares.values()) <= options.ratio
+        if alike:
+            shares = dict.fromkeys(_widths(deps).keys() - needed, options.ratio)
         known = copy.deepcopy(run.evolver.state_dict())
         run.evolver.max_loss_increase = float("inf")
         _narrow(run, shares, refit=False)
         right = run.finish(options.epochs)
         print(f"{run.size} parameters: {right:.2f} % of those held out", flush=True)
-        if right < options.floor + MARGIN:
-            run.restore(known)
-            needed |= shares.keys()
-        else:
+        if right >= options.floor + MARGIN:
             torch.save(run.evolver.state_dict(), kept)
+            continue
+        run.restore(known)
+        if alike:
+            together = False
+        else:
+            needed |= shares.keys()
 
 
-def _dearest(run: Run, needed: set[str]) -> dict[str, float]:
+def _dearest(deps: Dependencies, needed: set[str]) -> dict[str, float]:
     """A channel or an eighth of them, from the space where that saves most parameters."""
-    deps = fxsvd.analyze(run.evolver.model)
     shares = [{n: _eighth(width)} for n, width in _widths(deps).items() if n not in needed]
 
     def left(share: dict[str, float]) -> int:
