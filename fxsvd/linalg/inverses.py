@@ -85,7 +85,7 @@ class RootInverse:
         across = half[:, where].T @ half * -self.ridge  # −ε B_g:
         values, vectors = torch.linalg.eigh(-across[:, where])  # of Q²
         across[:, where].diagonal().add_(1)  # V_gᵀV
-        q = values.clamp(min=torch.finfo(values.dtype).tiny).sqrt()
+        q = values.sqrt()  # of values from ε / (size + ε) on
         self.v += self.v[:, where] @ (vectors / (q + q.square())) @ (vectors.T @ across)
         self.v[:, where] = 0
 
