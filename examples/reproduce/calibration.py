@@ -13,7 +13,8 @@ import argparse
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from data import CIFAR10, cifar10_jpeg, parse
@@ -32,20 +33,20 @@ def seconds(run: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
+@torch.no_grad()
+def forward(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """One pass of each batch."""
+    for batch in batches:
+        model(batch)
+
+
 def measured(model: nn.Module, batches: list[Tensor], runs: int) -> tuple[list[float], list[float]]:
     """CPU seconds of forward passes and of calibrations, in turns, after one of each."""
     deps = fxsvd.analyze(fxsvd.capture(model, batches[0][:2], check=False))
-
-    def forward() -> None:
-        with torch.no_grad():
-            for batch in batches:
-                model(batch)
-
-    forward()
+    look = partial(forward, model, batches)
+    look()
     fxsvd.calibrate(deps, batches[:1])
-    pairs = [
-        (seconds(forward), seconds(lambda: fxsvd.calibrate(deps, batches))) for _ in range(runs)
-    ]
+    pairs = [(seconds(look), seconds(lambda: fxsvd.calibrate(deps, batches))) for _ in range(runs)]
     plain, calibrations = zip(*pairs, strict=True)
     return list(plain), list(calibrations)
 

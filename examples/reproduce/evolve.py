@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
+from collections.abc import Collection
 from typing import Any
 
 import data
@@ -75,10 +76,11 @@ def smallest(run: Run, options: argparse.Namespace) -> None:
     if kept.exists():
         run.restore(torch.load(kept, weights_only=False))
     together = True  # spaces lose the same share, where all have enough channels for that
-    while shares := _dearest(deps := fxsvd.analyze(run.evolver.model), needed):
+    while spare := _widths(deps := fxsvd.analyze(run.evolver.model), needed):
+        shares = _dearest(deps, spare)
         alike = together and max(shares.values()) <= options.ratio
         if alike:
-            shares = dict.fromkeys(_widths(deps).keys() - needed, options.ratio)
+            shares = dict.fromkeys(spare, options.ratio)
         known = copy.deepcopy(run.evolver.state_dict())
         run.evolver.max_loss_increase = float("inf")
         _narrow(run, shares, refit=False)
@@ -94,19 +96,19 @@ def smallest(run: Run, options: argparse.Namespace) -> None:
             needed |= shares.keys()
 
 
-def _dearest(deps: Dependencies, needed: set[str]) -> dict[str, float]:
+def _dearest(deps: Dependencies, widths: dict[str, int]) -> dict[str, float]:
     """A channel or an eighth of them, from the space where that saves most parameters."""
-    shares = [{n: _eighth(width)} for n, width in _widths(deps).items() if n not in needed]
 
     def left(share: dict[str, float]) -> int:
         return parameters(rewrite(deps, Prune(ratio=share).propose(deps)))
 
-    return min(shares, key=left, default={})
+    return min(({name: _eighth(width)} for name, width in widths.items()), key=left)
 
 
-def _widths(deps: Dependencies) -> dict[str, int]:
-    """Of the spaces that have a channel to lose."""
-    return {s.name: s.width for s in deps.spaces if s.frozen is None and s.width > 1}
+def _widths(deps: Dependencies, needed: Collection[str] = ()) -> dict[str, int]:
+    """Of the spaces that have a channel to lose, and are not needed as they are."""
+    spare = (s for s in deps.spaces if s.frozen is None and s.name not in needed)
+    return {s.name: s.width for s in spare if s.width > 1}
 
 
 def _eighth(width: int) -> float:

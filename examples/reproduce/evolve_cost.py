@@ -12,12 +12,11 @@ more for a step, two seconds for a resize.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from calibration import seconds
+from calibration import forward, seconds
 from evolutive import BATCH, TASKS
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -63,14 +62,6 @@ def _step(
     optimizer.step()
 
 
-def _look(batches: Sequence[Tensor]) -> None:
-    """One forward pass of each; Select takes three, and solves."""
-    network = TASKS["mnist"].network()
-    with torch.no_grad():
-        for batch in batches:
-            network(batch)
-
-
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -80,7 +71,8 @@ def main() -> None:
     images, labels = torch.randn(BATCH, 1, 28, 28), torch.randint(10, (BATCH,))
     print(f"overhead of a step: {overhead(images, labels, options.steps):+.1%}", flush=True)
     calibration = torch.randn(1000, 1, 28, 28).split(100)
-    print(f"a look at 1,000 images: {seconds(partial(_look, calibration)):.2f} s", flush=True)
+    look = seconds(partial(forward, evolver(images).model, calibration))
+    print(f"a look at 1,000 images: {look:.2f} s", flush=True)
     for name, resize in RESIZES.items():
         evolving = evolver(images)
         spent = seconds(partial(evolving.resize, resize, data=calibration))

@@ -76,12 +76,7 @@ class RootInverse:
         return torch.baddbmm(unit / self.ridge, v, v.transpose(1, 2), alpha=-1 / self.ridge)
 
     def take(self, where: slice, half: Tensor) -> None:
-        """B − halfᵀ half, in which the group then is unrelated to all others.
-
-        Args:
-            where: the entries of the group.
-            half: S⁻¹ B_g:, with S Sᵀ = B_gg.
-        """
+        """As ``DenseInverse.take``."""
         across = half[:, where].T @ half * -self.ridge  # −ε B_g:
         values, vectors = torch.linalg.eigh(-across[:, where])  # of Q²
         across[:, where].diagonal().add_(1)  # V_gᵀV

@@ -18,7 +18,13 @@ import torch
 from torch import Tensor
 
 from fxsvd.linalg.inverses import system
-from fxsvd.linalg.second_moments import Root, SecondMoment, restricted, standardize
+from fxsvd.linalg.second_moments import (
+    AnySecondMoment,
+    Root,
+    SecondMoment,
+    restricted,
+    standardize,
+)
 from fxsvd.linalg.svd import finite_matrix
 
 # Above what rounding of float32 activations and sums does to the spectrum of correlations; it adds
@@ -54,7 +60,7 @@ class Reconstruction:
     groups: Tensor
 
     def __post_init__(self) -> None:
-        second, ryx = _any_moments(self.second, self.ryx)
+        second, ryx = _moments(self.second, self.ryx)
         if not 0 <= self.energy < float("inf"):
             raise ValueError(f"energy {self.energy} is E‖y‖²: from 0, and finite")
         groups = self.groups.to(ryx.device, torch.int64)
@@ -137,23 +143,13 @@ class Reconstruction:
         return m.double() @ self.r - self.ryx
 
 
-def _moments(r: Tensor, ryx: Tensor) -> tuple[Tensor, Tensor]:
-    r, ryx = finite_matrix(r), finite_matrix(ryx)
-    _require_fit(tuple(r.shape), ryx)
-    return r, ryx
-
-
-def _any_moments(r: SecondMoment, ryx: Tensor) -> tuple[SecondMoment, Tensor]:
+def _moments(r: AnySecondMoment, ryx: Tensor) -> tuple[AnySecondMoment, Tensor]:
     if isinstance(r, Tensor):
-        return _moments(r, ryx)
+        r = finite_matrix(r)
     ryx = finite_matrix(ryx)
-    _require_fit((len(r), len(r)), ryx)
+    if r.shape != (ryx.shape[1], ryx.shape[1]):
+        raise ValueError(f"{tuple(r.shape)} and {tuple(ryx.shape)} do not fit: want d×d and m×d")
     return r, ryx
-
-
-def _require_fit(shape: tuple[int, ...], ryx: Tensor) -> None:
-    if shape != (ryx.shape[1], ryx.shape[1]):
-        raise ValueError(f"{shape} and {tuple(ryx.shape)} do not fit: want d×d and m×d")
 
 
 def _require_disjoint(groups: Tensor, d: int) -> None:
@@ -188,7 +184,7 @@ def least_squares(r: SecondMoment, ryx: Tensor, support: Tensor, *, ridge: float
     >>> least_squares(r, ryx, torch.tensor([True, False]), ridge=0)
     tensor([[1.5000]], dtype=torch.float64)
     """
-    r, ryx = _any_moments(r, ryx)
+    r, ryx = _moments(r, ryx)
     support = support.to(ryx.device)
     matrix, scale = standardize(restricted(r, support))
     return system(matrix, ridge).solved(ryx[:, support] * scale) * scale

@@ -37,6 +37,11 @@ class Root:
     def __len__(self) -> int:
         return self.z.shape[1]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of R."""
+        return len(self), len(self)
+
     def dense(self) -> Tensor:
         """R, d×d."""
         return self.z.T @ self.z

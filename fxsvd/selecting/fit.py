@@ -113,13 +113,15 @@ def fit(reader: Reader, moment: Moment, alive: Mask, *, ridge: float | None = No
     assert moment.mean_y is not None
     assert moment.scatter_y is not None
     matrices = w * torch.from_numpy(alive).unsqueeze(1)
-    rest = moment.cross / moment.count - moment.times(matrices)
-    energy = losses(moment, matrices)[0].view(reader.groups, -1).sum(1)
+    cross = moment.cross / moment.count
+    rest = cross - moment.times(matrices)
+    energy = moment.scatter_y / moment.count - (matrices * (cross + rest)).sum(-1)
     for g, r in enumerate(covariances(moment)):
         support = torch.from_numpy(np.flatnonzero(alive[g]))
         strength = ridge
         if strength is None:
-            strength = _ridge(r, rest[g], float(energy[g]), moment.count, support)
+            left = max(float(energy[g].sum()), 0.0)
+            strength = _ridge(r, rest[g], left, moment.count, support)
         matrices[g][:, support] += least_squares(r, rest[g], support, ridge=strength)
     mean_hat = (matrices @ moment.mean.unsqueeze(-1)).squeeze(-1)
     intercept = (moment.mean_y - mean_hat).flatten()
