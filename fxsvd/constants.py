@@ -15,13 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from fxsvd.layers import layer_of
+from fxsvd.layers import BATCH_NORMS, CONVOLUTIONS, layer_of
 from fxsvd.nests import attribute
 from fxsvd.rules import RULES, elementwise, indexing, joining, movement, spatial
 from fxsvd.running import is_random
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 MOVEMENTS = {movement.__name__, joining.__name__, indexing.__name__}
 SAMPLES = 2
 

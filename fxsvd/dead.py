@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fxsvd.analysis import Site
-from fxsvd.constants import CONVOLUTIONS, constant_inputs
+from fxsvd.constants import constant_inputs
 from fxsvd.dependency import Dependencies, layer_name
 from fxsvd.edits import Assign
+from fxsvd.layers import CONVOLUTIONS
 from fxsvd.nests import flatten
 from fxsvd.rules import RULES, attention, contraction
 from fxsvd.rules.normalization import group_norm, layer_norm

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 Resize = Callable[[Any, tuple[int, ...], tuple[int, ...]], None]
 
 
@@ -148,7 +150,7 @@ row(nn.ConvTranspose2d, op=F.conv_transpose2d, **CONVOLUTION)
 row(nn.ConvTranspose3d, op=F.conv_transpose3d, **CONVOLUTION)
 row(nn.Embedding, op=F.embedding, operands=("weight",), resize=resize_embedding)
 
-row(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, op=F.batch_norm, **BATCH_NORM)
+row(*BATCH_NORMS, op=F.batch_norm, **BATCH_NORM)
 row(
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
     op=F.instance_norm,

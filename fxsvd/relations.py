@@ -112,6 +112,21 @@ class Channels:
     reasons: dict[int, str]
 
 
+def runs(entries: Atoms, channels: Atoms) -> tuple[Atoms, Atoms, Atoms]:
+    """Where each channel stands among entries.
+
+    Returns:
+        ``(order, first, times)``: ``order`` sorts the entries, equal ones as they come; channel
+        ``i`` stands ``times[i]`` times there, at ``order[first[i] : first[i] + times[i]]``.
+
+    >>> runs(np.array([7, 5, 5]), np.array([7, 6, 5]))
+    (array([1, 2, 0]), array([2, 2, 0]), array([1, 0, 2]))
+    """
+    order = np.argsort(entries, kind="stable")
+    first, end = (np.searchsorted(entries[order], channels, side) for side in ("left", "right"))
+    return order, first, end - first
+
+
 def _rows(rows: tuple[Atoms, ...] | Atoms, of: Atoms) -> tuple[Atoms, ...]:
     """The rows whose lengths matter: without axes along which all is one channel."""
     if isinstance(rows, tuple):

@@ -16,8 +16,8 @@ from torch import Tensor, fx, nn
 
 from fxsvd.edits import Part, Substitute
 from fxsvd.errors import PlanError
+from fxsvd.layers import CONVOLUTIONS
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 KINDS: dict[str, type[nn.Module]] = {k.__name__: k for k in (nn.Linear, *CONVOLUTIONS)}
 _OPTIONS = ("stride", "padding", "dilation", "groups", "padding_mode")
 

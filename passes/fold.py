@@ -15,7 +15,7 @@ from itertools import chain
 from torch import fx, nn
 
 from fxsvd.data.batches import Data
-from fxsvd.data.readers import BATCH_NORMS, Reader
+from fxsvd.data.readers import Reader
 from fxsvd.dependency import Dependencies
 from fxsvd.edits import Assign, Left, Part, Plan, Substitute
 from fxsvd.folding.absorbing import (
@@ -30,6 +30,7 @@ from fxsvd.folding.composing import Run, composed, double_copy, partition, runs
 from fxsvd.folding.picking import chosen_layers
 from fxsvd.folding.plain import alone, calls_of, plain_layers
 from fxsvd.importance import require_numbers
+from fxsvd.layers import BATCH_NORMS
 from fxsvd.naming import Names
 from fxsvd.passes.prune import Prune
 from fxsvd.progress import Say, quiet

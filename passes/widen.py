@@ -113,12 +113,25 @@ class Widen:
         Raises:
             PlanError: a name means nothing, a weight is not finite, or there is no batch.
         """
-        require_numbers(deps)
         option = "ratio" if self.to is None else "to"
         numbers, why = wanted_numbers(deps, self._given, self.only, self.ignore, option)
+        return self.copying(deps, self._counts(deps, numbers), why)
+
+    def copying(self, deps: Dependencies, counts: Counts, why: dict[int, str]) -> Plan:
+        """The plan that copies each channel so often, as far as nothing notices.
+
+        Args:
+            deps: what ``fxsvd.analyze`` found.
+            counts: by channel, how often it is to be there.
+            why: by index of a space, why it stays, as far as that is known.
+
+        Raises:
+            PlanError: a weight is not finite, or there is no batch.
+        """
+        require_numbers(deps)
+        counts, why = counts.copy(), dict(why)
         whole = self._whole(deps)
         pairs = paired(deps) & ~in_heads(whole)  # the product over a copied head is its own
-        counts = self._counts(deps, numbers, whole)
         marks = self._settle(deps, counts, pairs, whole, why)
         found = self._prospects(deps, counts, why) if self.init == "gradient" else None
         plan = as_plan(deps, counts, why, "its goal or coupling adds nothing")
@@ -163,7 +176,7 @@ class Widen:
         """By channel, itself, or the first of a head that is copied whole."""
         return whole_heads(deps, np.full(deps.channels.count, self.heads))
 
-    def _counts(self, deps: Dependencies, numbers: np.ndarray, whole: Atoms) -> Counts:
+    def _counts(self, deps: Dependencies, numbers: np.ndarray) -> Counts:
         """How often each channel is to be there."""
         counts = np.ones(deps.channels.count, dtype=np.int64)
         have = np.array([space.width for space in deps.spaces] + [1])
@@ -175,7 +188,7 @@ class Widen:
             counts[group.channels] += extra // len(steps)
             for channels in steps[: extra % len(steps)]:
                 counts[channels] += 1
-        return counts[whole]
+        return counts[self._whole(deps)]
 
 
 def _more(counts: Counts, found: Prospects) -> int:

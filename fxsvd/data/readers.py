@@ -16,10 +16,9 @@ from torch import Tensor, fx, nn
 from fxsvd.analysis import Parameter
 from fxsvd.data.lookups import lookup, output_size, read
 from fxsvd.dependency import Dependencies
+from fxsvd.layers import BATCH_NORMS, CONVOLUTIONS
 from fxsvd.relations import Atoms
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _FORWARDS = {k.forward for k in (nn.Linear, *CONVOLUTIONS)}
 
 

@@ -13,7 +13,7 @@ average that it was. What numbers it gets besides:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from fxsvd.evolving.carrying import copies
 from fxsvd.passes import Widen
 from fxsvd.rewrite import rewrite
 from fxsvd.verify import verify_rewrite
-from fxsvd.widening import Counts, Widening
+from fxsvd.widening import Widening
 
 
 def averaged_network(average: nn.Module, model: fx.GraphModule) -> fx.GraphModule:
@@ -108,9 +108,7 @@ def _values(
             f"{type(options).__name__} changes channels that were there, so an average cannot "
             "follow: take it out of evolver.averages, and begin another after the resize"
         )
-    same = {field.name: getattr(options, field.name) for field in fields(Widen)}
-    everywhere = {"ratio": 1.0, "to": None, "only": (), "ignore": ()}
-    return _Again(**{**same, **everywhere}, counts=how.counts).propose(own).values
+    return options.copying(own, how.counts, {}).values
 
 
 def _only_copies(before: Dependencies, how: Widening, assign: Assign) -> bool:
@@ -127,18 +125,3 @@ def _with_own(own: Dependencies, how: Widening, assign: Assign) -> Assign:
     old = how.spread(known.value.detach(), known.type)
     new = how.after(known, known.value.detach())
     return replace(assign, value=torch.where(copies(how, known).to(old.device), new, old))
-
-
-@dataclass(frozen=True)
-class _Again(Widen):
-    """Copies the channels that were copied in another network of the same shapes.
-
-    Attributes:
-        counts: how often each channel is to be there.
-    """
-
-    counts: Any = None
-
-    def _counts(self, *_: Any) -> Counts:
-        out: Counts = self.counts.copy()
-        return out

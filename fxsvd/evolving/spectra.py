@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fxsvd.analysis import Site
 from fxsvd.dependency import Dependencies, Space
-from fxsvd.rotating.edges import counted
+from fxsvd.relations import runs
 
 
 def spectrum(deps: Dependencies, space: Space) -> Tensor:
@@ -79,8 +78,7 @@ def _rows(deps: Dependencies, space: Space, site: Site, value: Tensor) -> Tensor
     if value.dim() < 2 or site.atoms.ndim > 1:
         return None
     channels = deps.channels.of[site.atoms]
-    order = np.argsort(channels, kind="stable")
-    low, times = counted(channels[order], space.channels)
+    order, low, times = runs(channels, space.channels)
     first = order[low.clip(max=len(order) - 1)]
     matrix = value.double().movedim(site.dim, 0).flatten(1)[torch.from_numpy(first)]
     missing = torch.from_numpy(times == 0)

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxsvd.data.readers import BATCH_NORMS, CONVOLUTIONS, Reader
+from fxsvd.data.readers import Reader
 from fxsvd.folding.composing import behind, calls, idle
 from fxsvd.folding.plain import alone
+from fxsvd.layers import BATCH_NORMS, CONVOLUTIONS
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NORMS = {nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward}

@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from fxsvd.data.readers import CONVOLUTIONS, Reader
+from fxsvd.data.readers import Reader
 from fxsvd.edits import Part
+from fxsvd.layers import CONVOLUTIONS
 from fxsvd.substitution import common_groups, convolution_part, linear_part, merged
 
 

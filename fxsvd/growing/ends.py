@@ -14,8 +14,7 @@ from fxsvd.axes import TensorType
 from fxsvd.data.readers import Reader, readers
 from fxsvd.dependency import Dependencies, Space
 from fxsvd.edits import Assign
-from fxsvd.relations import Atoms
-from fxsvd.rotating.edges import counted
+from fxsvd.relations import Atoms, runs
 from fxsvd.widening import Layout, Widening
 
 
@@ -85,9 +84,8 @@ def place_in(space: Space, channels: Atoms) -> Atoms:
     >>> place_in(Space("fc", np.array([4, 7]), (), (), (), None), np.array([7, 7, 5, 4])).tolist()
     [1, 1, -1, 0]
     """
-    order = np.argsort(space.channels, kind="stable")
-    low, times = counted(space.channels[order], channels)
-    found: Atoms = np.where(times > 0, order[low.clip(max=space.width - 1)], -1)
+    order, first, times = runs(space.channels, channels)
+    found: Atoms = np.where(times > 0, order[first.clip(max=space.width - 1)], -1)
     return found
 
 

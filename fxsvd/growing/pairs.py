@@ -12,8 +12,8 @@ from torch import fx
 from torch.nn import functional as F
 
 from fxsvd.axes import TensorType
-from fxsvd.constants import BATCH_NORMS
 from fxsvd.dependency import Dependencies
+from fxsvd.layers import BATCH_NORMS
 from fxsvd.narrowing import Mask
 
 LIKE = ("view_as", "reshape_as", "expand_as")

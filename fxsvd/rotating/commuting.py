@@ -15,7 +15,7 @@ from typing import Any
 from torch import fx, nn
 from torch.nn import functional as F
 
-from fxsvd.data.readers import BATCH_NORMS
+from fxsvd.layers import BATCH_NORMS
 from fxsvd.rules.registry import spellings
 
 MOVES: frozenset[Any] = frozenset(

@@ -19,7 +19,7 @@ from fxsvd.axes import Block
 from fxsvd.data.readers import Reader, readers
 from fxsvd.dependency import Dependencies, Space
 from fxsvd.nests import flatten
-from fxsvd.relations import Atoms
+from fxsvd.relations import Atoms, runs
 from fxsvd.rotating.commuting import why_not
 
 
@@ -235,11 +235,10 @@ def places(entries: Atoms, channels: Atoms) -> Tensor:
     >>> places(np.array([7, 5, 7, 5]), np.array([5, 7])).tolist()
     [[1, 3], [0, 2]]
     """
-    order = np.argsort(entries, kind="stable")
-    low, times = counted(entries[order], channels)
+    order, first, times = runs(entries, channels)
     if len(set(times.tolist())) != 1:
         raise ValueError("some channels stand in this axis more often than others")
-    return torch.from_numpy(order[low[:, None] + np.arange(int(times[0]))])
+    return torch.from_numpy(order[first[:, None] + np.arange(int(times[0]))])
 
 
 def stand_evenly(entries: Atoms, channels: Atoms) -> bool:
@@ -248,15 +247,5 @@ def stand_evenly(entries: Atoms, channels: Atoms) -> bool:
     >>> stand_evenly(np.array([5, 7, 5]), np.array([5, 7]))
     False
     """
-    _, times = counted(np.sort(entries), channels)
+    *_, times = runs(entries, channels)
     return len(set(times.tolist())) == 1
-
-
-def counted(entries: Atoms, channels: Atoms) -> tuple[Atoms, Atoms]:
-    """Where each channel begins among sorted entries, and how often it is there.
-
-    >>> counted(np.array([5, 5, 7]), np.array([7, 6, 5]))
-    (array([2, 2, 0]), array([1, 0, 2]))
-    """
-    low, high = (np.searchsorted(entries, channels, side) for side in ("left", "right"))
-    return low, high - low

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxsvd.analysis import in_place
-from fxsvd.data.readers import BATCH_NORMS
+from fxsvd.layers import BATCH_NORMS
 from fxsvd.running import is_random
 
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")

@@ -15,8 +15,9 @@ from torch import fx, nn
 from torch.nn.modules import activation, dropout, pooling
 
 from fxsvd.coupling import Group
-from fxsvd.data.readers import BATCH_NORMS, Reader
+from fxsvd.data.readers import Reader
 from fxsvd.dependency import Dependencies
+from fxsvd.layers import BATCH_NORMS
 from fxsvd.nests import flatten
 from fxsvd.relations import Atoms
 from fxsvd.rules import RULES, elementwise, joining, movement, reshape, spatial
