@@ -6,8 +6,7 @@ entry of a parameter contributes; entries are summed per channel over all tensor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor, fx
 
 from fxsvd.analysis import Parameter
-from fxsvd.capture import normalize_inputs
 from fxsvd.dependency import Dependencies
 from fxsvd.errors import PlanError
 
@@ -60,59 +58,22 @@ def _norms(graph: fx.GraphModule) -> Iterable[tuple[str, Tensor]]:
             yield f"{path}.weight", module.weight
 
 
-def taylor(
-    deps: Dependencies,
-    loss: Any,
-    data: Iterable[Any] | None,
-    summed: Callable[[Tensor], Tensor] = torch.clone,
-) -> Scores:
-    """First-order Taylor: |Σ w ∂L/∂w| per channel, gradients summed over the data.
+def taylor(deps: Dependencies, gradients: Mapping[int, Tensor]) -> Scores:
+    """First-order Taylor: |Σ w ∂L/∂w| per channel.
 
     P. Molchanov et al., *Importance Estimation for Neural Network Pruning*, 2019, eq. 8.
 
     Args:
         deps: what ``fxsvd.analyze`` found.
-        loss: ``loss(output, target)``, a scalar.
-        data: batches ``(inputs, target)``.
-        summed: adds up a tensor over all processes, where each has a share of the data.
-
-    Raises:
-        PlanError: no loss or no data was given.
+        gradients: of a loss over data, by the ``id`` of a parameter.
     """
-    if loss is None or data is None:
-        raise PlanError("criterion='taylor' needs loss=(output, target) -> scalar and data=batches")
-    with _gradients(deps.analysis.graph, loss, data) as gradients:
 
-        def entry(known: Parameter) -> tuple[Tensor, ...]:
-            gradient = gradients.get(id(known.value))
-            return () if gradient is None else (known.value.detach(), gradient)
+    def entry(known: Parameter) -> tuple[Tensor, ...]:
+        gradient = gradients.get(id(known.value))
+        return () if gradient is None else (known.value.detach(), gradient)
 
-        own = np.append(_summed(deps, entry), len(gradients))
-    total = summed(torch.from_numpy(own)).numpy()
-    if not total[-1]:
-        raise PlanError("criterion='taylor' got no batch from its data")
-    out: Scores = np.abs(total[:-1])
+    out: Scores = np.abs(_summed(deps, entry))
     return out
-
-
-@contextmanager
-def _gradients(graph: fx.GraphModule, loss: Any, data: Iterable[Any]) -> Any:
-    """Gradients by parameter identity; the network's own ``.grad`` stay as they are."""
-    parameters = [p for p in graph.parameters() if p.requires_grad]
-    sums: dict[int, Tensor] = {}
-    training = graph.training
-    graph.train(False)
-    try:
-        for inputs, target in data:
-            args, kwargs = normalize_inputs(inputs)
-            value = loss(graph(*args, **kwargs), target)
-            found = torch.autograd.grad(value, parameters, allow_unused=True)
-            for p, g in zip(parameters, found, strict=True):
-                if g is not None:
-                    sums[id(p)] = sums[id(p)] + g if id(p) in sums else g
-    finally:
-        graph.train(training)
-    yield sums
 
 
 def random(deps: Dependencies, seed: int) -> Scores:

@@ -14,8 +14,8 @@ import numpy as np
 
 from fxsvd import importance
 from fxsvd.coupling import Group
-from fxsvd.data import ranks
 from fxsvd.data.batches import Data
+from fxsvd.data.gradients import gradients
 from fxsvd.dead import Dead, dead_channels
 from fxsvd.dependency import Dependencies
 from fxsvd.edits import Plan
@@ -129,7 +129,17 @@ class Prune:
         if self.criterion == "bn":
             return importance.norm_scale(deps)
         if self.criterion == "taylor":
-            return importance.taylor(deps, self.loss, self.data, ranks.summed)
+            return self._taylor(deps)
         if self.criterion == "random":
             return importance.random(deps, self.seed)
         return importance.magnitude(deps, 1 if self.criterion == "l1" else 2)
+
+    def _taylor(self, deps: Dependencies) -> Scores:
+        if self.loss is None or self.data is None:
+            raise PlanError(
+                "criterion='taylor' needs loss=(output, target) -> scalar and data=batches"
+            )
+        graph = deps.analysis.graph
+        wanted = [p for p in graph.parameters() if p.requires_grad]
+        found = gradients(graph, wanted, self.loss, self.data)
+        return importance.taylor(deps, dict(zip(map(id, wanted), found, strict=True)))

@@ -85,9 +85,20 @@ def test_taylor_is_the_first_order_change_of_the_loss():
     change = sum(per_channel(t.detach() * t.grad, dim) for t, dim in coupled)
     net.zero_grad()
     options = {"criterion": "taylor", "loss": F.cross_entropy, "data": data, "only": ("c",)}
-    kept = propose(net, **options).edits[0].keep
+    with torch.no_grad():  # as somebody may who does not train
+        kept = propose(net, **options).edits[0].keep
     assert kept == tuple(sorted(change.abs().topk(6).indices.tolist()))
     assert all(p.grad is None for p in net.parameters())
+
+
+def test_taylor_needs_something_that_is_trained():
+    with pytest.raises(PlanError, match="no parameter requires a gradient"):
+        propose(
+            Residual().requires_grad_(False),
+            criterion="taylor",
+            loss=F.cross_entropy,
+            data=[(X, torch.tensor([0, 1]))],
+        )
 
 
 def test_random_is_seeded():

@@ -20,12 +20,9 @@ import torch
 from torch import Tensor, fx
 
 from fxsvd.axes import TensorType
-from fxsvd.cost import evaluating
-from fxsvd.data import ranks
-from fxsvd.data.batches import losses
+from fxsvd.data.gradients import gradients
 from fxsvd.dependency import Dependencies, Space
 from fxsvd.edits import Plan, Remap
-from fxsvd.errors import PlanError
 from fxsvd.growing.ends import Ends, new, opened
 from fxsvd.growing.obstacles import obstacles
 from fxsvd.layers import layer_of
@@ -141,7 +138,9 @@ def _measured(deps: Dependencies, ends: Ends, loss: Any, data: Iterable[Any]) ->
     plan = Plan((Remap(space.name, space.width, keep),), values=tuple(trials))
     behind = [r.weight for r in ends.readers]
     names = [p.names[0] for p in (*ends.incoming, *behind)]
-    found = dict(zip(names, gradients(rewrite(deps, plan), names, loss, data), strict=True))
+    graph = rewrite(deps, plan).requires_grad_(False)
+    wanted = [graph.get_parameter(name).requires_grad_() for name in names]
+    found = dict(zip(names, gradients(graph, wanted, loss, data), strict=True))
     for known in behind:
         columns = found[known.names[0]].abs()
         seen = columns[:, new(widening, known.type, 1, space).flatten()]
@@ -149,38 +148,3 @@ def _measured(deps: Dependencies, ends: Ends, loss: Any, data: Iterable[Any]) ->
             return "what new channels write is not zero where they are read"
     rows = [found[p.names[0]][new(widening, p.type, 0, space)] for p in ends.incoming]
     return torch.cat([row.reshape(size, -1) for row in rows], dim=1).T
-
-
-def gradients(
-    graph: fx.GraphModule, names: Iterable[str], loss: Any, data: Iterable[Any]
-) -> list[Tensor]:
-    """Gradients of a loss in some parameters, the mean over batches and ranks, in float64.
-
-    Args:
-        graph: a captured graph; it runs in eval mode, and is used up: nothing else is trained.
-        names: of parameters.
-        loss: ``loss(output, target)``, a scalar.
-        data: batches ``(inputs, target)``.
-
-    Raises:
-        PlanError: there is no batch.
-
-    >>> graph = fx.symbolic_trace(torch.nn.Sequential(torch.nn.Linear(2, 1)))
-    >>> batch = torch.tensor([[3.0, 4.0]]), None
-    >>> gradients(graph, ["0.weight"], lambda y, _: y.sum(), [batch])
-    [tensor([[3., 4.]], dtype=torch.float64)]
-    """
-    graph.requires_grad_(False)
-    wanted = [graph.get_parameter(name).requires_grad_() for name in names]
-    sums = [torch.zeros_like(p, dtype=torch.float64) for p in wanted]
-    seen = 0
-    with evaluating(graph), torch.enable_grad():
-        for value, _ in losses(graph, loss, data):
-            found: Any = torch.autograd.grad(value, wanted, allow_unused=True)
-            for total, part in zip(sums, found, strict=True):
-                total += torch.zeros_like(total) if part is None else part
-            seen += 1
-    count = float(ranks.gathered([seen]).sum())
-    if not count:
-        raise PlanError("growth by gradients got no batch from its data")
-    return [ranks.summed(s) / count for s in sums]
