@@ -388,14 +388,22 @@ def wide_head() -> nn.Module:
 
 @pytest.mark.filterwarnings("ignore:.*fewer than the")
 @pytest.mark.parametrize("chaining", CHAININGS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"method": method, "ratio": 0.4} for method in METHODS),
+        *({"method": method, "error": 0.05} for method in METHODS),
+        {"method": "lasso", "penalty": 0.3},
+    ],
+    ids=str,
+)
 def test_fewer_samples_than_inputs_give_what_their_moments_give(
-    method: Any, chaining: Any, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], chaining: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     net = wide_head().double().eval()
     data = list(torch.randn(3, 8, 3, 6, 6, dtype=torch.float64).cumsum(-1))
-    select = Select(ratio=0.4, method=method, chaining=chaining)
+    select = Select(**options, chaining=chaining)
     plan = fxsvd.plan(net, data[0], passes=[select], data=data)
     monkeypatch.setattr(Moment, "root", None)
     expected = fxsvd.plan(net, data[0], passes=[select], data=data)

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 import fxsvd
 from fxsvd.errors import PlanError
+from fxsvd.linalg.nested import errors_without
 from fxsvd.linalg.reconstruction import RIDGE, Reconstruction
 from fxsvd.passes import Select
-from fxsvd.selecting.selection import errors_without
 
 
 class Branches(nn.Module):

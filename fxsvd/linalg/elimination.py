@@ -14,14 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fxsvd.linalg.inverses import DenseInverse, Inverse, system
 from fxsvd.linalg.reconstruction import RIDGE, Reconstruction
-from fxsvd.linalg.second_moments import AnySecondMoment, Root, cholesky, standardize
+from fxsvd.linalg.second_moments import Root, SecondMoment, standardize
+from fxsvd.linalg.systems import Swept, system
 
 COMPACT = 1 / 8  # the share of channels gone at which their rows and columns are left out
 
@@ -40,21 +40,22 @@ class Elimination(NamedTuple):
 
 
 @dataclass(eq=False)
-class _Sweep:
+class Sweep:
     """One problem: B (Gs×Gs) and M (m×Gs), group after group, of s entries each.
 
     Costs are multiplied by ``share``, weight over energy; ``fitted`` is Tr(M R_yxᵀ) at the start.
     """
 
-    b: Inverse
+    b: Swept
     m: Tensor
     size: int
     share: float
     fitted: float = 0.0
 
     @classmethod
-    def removing(cls, problem: Reconstruction, share: float, ridge: float) -> _Sweep:
-        r, ryx = _arranged(problem, problem.second)
+    def removing(cls, problem: Reconstruction, share: float, ridge: float) -> Sweep:
+        """From the fit on all channels."""
+        r, ryx = _arranged(problem)
         solver = system(r, ridge)
         del r  # as large as all that comes
         grouped, size = problem.groups.numel(), problem.groups.shape[1]
@@ -63,16 +64,11 @@ class _Sweep:
         return cls(b, m[:, :grouped].contiguous(), size, share, float((m * ryx).sum()))
 
     @classmethod
-    def adding(cls, problem: Reconstruction, share: float, ridge: float) -> _Sweep:
-        r, ryx = _arranged(problem, problem.r)
-        lower = cholesky(r, ridge)
-        r = lower @ lower.T  # with whatever ridge that took
-        grouped, size = problem.groups.numel(), problem.groups.shape[1]
-        known, cross = r[grouped:, grouped:], r[grouped:, :grouped]
-        solved = torch.linalg.solve(known, torch.cat([cross, ryx[:, grouped:].T], dim=1))
-        b = r[:grouped, :grouped] - cross.T @ solved[:, :grouped]
-        m = ryx[:, :grouped] - solved[:, grouped:].T @ cross
-        return cls(DenseInverse(b), m, size, share)
+    def adding(cls, problem: Reconstruction, share: float, ridge: float) -> Sweep:
+        """From the fit on what no channel owns."""
+        r, ryx = _arranged(problem)
+        b, m = system(r, ridge).beside(ryx, problem.groups.numel())
+        return cls(b, m, problem.groups.shape[1], share)
 
     def __len__(self) -> int:
         return self.m.shape[1] // self.size
@@ -87,8 +83,8 @@ class _Sweep:
         half = torch.linalg.solve_triangular(lower, columns, upper=False)
         return torch.sum(half.square(), dim=(1, 2)) * self.share
 
-    def take(self, place: int) -> None:
-        """Take out the group at a place, which then holds one that costs nothing."""
+    def take(self, place: int) -> Tensor:
+        """Take out the group at a place, which then holds one that costs nothing; what it cost."""
         where = slice(place * self.size, (place + 1) * self.size)
         rows = self.b.rows(where)
         lower = torch.linalg.cholesky(rows[:, where])
@@ -97,6 +93,8 @@ class _Sweep:
         self.b.take(where, half)
         self.m.addmm_(part.T, half, alpha=-1)
         self.m[:, where] = 0
+        cost: Tensor = part.square().sum() * self.share
+        return cost
 
     def keep(self, places: Tensor) -> None:
         """Forget all places but these."""
@@ -106,21 +104,21 @@ class _Sweep:
         self.m = self.m.index_select(1, entries)
 
 
-def _arranged(problem: Reconstruction, r: AnySecondMoment) -> tuple[AnySecondMoment, Tensor]:
+def _arranged(problem: Reconstruction) -> tuple[SecondMoment, Tensor]:
     """Standardized R, and R_yx: group after group, then the rest; pads are inputs without data."""
     free = (problem.owner == len(problem.groups)).nonzero()[:, 0]
     order = torch.cat([problem.groups.flatten(), free])
-    if torch.equal(order, torch.arange(len(r), device=order.device)):
-        matrix, scale = standardize(r)  # the usual order: no copy
+    if torch.equal(order, torch.arange(len(problem.second), device=order.device)):
+        matrix, scale = standardize(problem.second)  # the usual order: no copy
         return matrix, problem.ryx * scale
-    matrix, scale = standardize(_ordered(r, order))
+    matrix, scale = standardize(_ordered(problem.second, order))
     return matrix, problem.ryx[:, order] * scale
 
 
-def _ordered(r: AnySecondMoment, order: Tensor) -> AnySecondMoment:
+def _ordered(r: SecondMoment, order: Tensor) -> SecondMoment:
     real = order >= 0
     if isinstance(r, Root):
-        return cast(AnySecondMoment, Root(r.z[:, order] * real))
+        return Root(r.z[:, order] * real)
     return r[order][:, order] * (real[:, None] & real)
 
 
@@ -156,7 +154,7 @@ def backward_elimination(
     if not 0 <= stop <= count:
         raise ValueError(f"stop {stop}: of {count} channels keep 0 … {count}")
     pairs = list(zip(problems, shares, strict=True))
-    sweeps = [_Sweep.removing(p, share, ridge) for p, share in pairs]
+    sweeps = [Sweep.removing(p, share, ridge) for p, share in pairs]
     left = sum(s.share * (p.energy - s.fitted) for p, s in zip(problems, sweeps, strict=True))
     order, costs = _sweep(sweeps, count - stop, sign=1)
     return Elimination(order, left + costs.cumsum(0))
@@ -193,7 +191,7 @@ def forward_selection(
     if not 0 <= width <= count:
         raise ValueError(f"width {width} of {count} channels: ask for 0 … {count}")
     pairs = zip(problems, shares, strict=True)
-    order, _ = _sweep([_Sweep.adding(p, share, ridge) for p, share in pairs], width, sign=-1)
+    order, _ = _sweep([Sweep.adding(p, share, ridge) for p, share in pairs], width, sign=-1)
     return order[:width]
 
 
@@ -207,7 +205,7 @@ def _shares(problems: Sequence[Reconstruction], weights: Sequence[float] | None)
     return [w / p.energy if p.energy else 0.0 for w, p in zip(given, problems, strict=True)]
 
 
-def _sweep(sweeps: list[_Sweep], steps: int, sign: int) -> tuple[Tensor, Tensor]:
+def _sweep(sweeps: list[Sweep], steps: int, sign: int) -> tuple[Tensor, Tensor]:
     """Take out ``steps`` groups, always that of least ``sign``·cost; the rest follow by it."""
     alive = torch.arange(len(sweeps[0]), device=sweeps[0].m.device)
     gone = torch.zeros_like(alive, dtype=torch.bool)
@@ -231,6 +229,6 @@ def _sweep(sweeps: list[_Sweep], steps: int, sign: int) -> tuple[Tensor, Tensor]
     return torch.cat([taken, alive[ranks]]), ranks.new_tensor(costs, dtype=torch.float64)
 
 
-def _total(sweeps: list[_Sweep], gone: Tensor, sign: int) -> Tensor:
+def _total(sweeps: list[Sweep], gone: Tensor, sign: int) -> Tensor:
     total = sign * torch.stack([sweep.costs() for sweep in sweeps]).sum(dim=0)
     return total.masked_fill(gone, torch.inf)

@@ -76,7 +76,7 @@ def _without_groups(problem: Reconstruction) -> Tensor:
     free = problem.owner == len(problem.groups)
     m = torch.zeros_like(problem.ryx)
     if bool(free.any()):
-        m[:, free] = least_squares(problem.r, problem.ryx, free, ridge=0.0)
+        m[:, free] = least_squares(problem.second, problem.ryx, free, ridge=0.0)
     return m
 
 
@@ -157,14 +157,9 @@ def _step(
     shrink = torch.where(size > 0, 1 - penalty / problem.curvature / size, 0.0).clamp_(min=0)
     shrink[-1] = 1.0
     m = m * shrink[problem.owner]
-    return _Point(m, _gradient(problem, m, (shrink > 0)[problem.owner]))
-
-
-def _gradient(problem: Reconstruction, m: Tensor, active: Tensor) -> Tensor:
-    """M R − R_yx from the columns of M that are not zero: cost follows the width reached."""
-    if int(active.sum()) > 0.7 * len(active):
-        return problem.gradient(m)
-    return m[:, active] @ problem.r[active] - problem.ryx
+    active = (shrink > 0)[problem.owner]  # cost follows the width reached
+    many = int(active.sum()) > 0.7 * len(active)
+    return _Point(m, problem.gradient(m, None if many else active))
 
 
 def _rise(problem: Reconstruction, penalty: float, now: _Point, found: _Point) -> float:
@@ -206,7 +201,7 @@ def support_of_width(
     if not 0 <= width <= count:
         raise ValueError(f"width {width} of {count} channels: ask for 0 … {count}")
     if width in (0, count):
-        return torch.full((count,), width > 0, device=problem.r.device)
+        return torch.full((count,), width > 0, device=problem.ryx.device)
     m = _path(problem, width, tolerance, most)
     size, entering = norms(problem, m), norms(problem, problem.gradient(m))
     relevance = torch.where(size > 0, 2 + size / size.max(), entering / entering.max())

@@ -17,7 +17,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fxsvd.linalg.inverses import system
 from fxsvd.linalg.second_moments import (
     AnySecondMoment,
     Root,
@@ -26,6 +25,7 @@ from fxsvd.linalg.second_moments import (
     standardize,
 )
 from fxsvd.linalg.svd import finite_matrix
+from fxsvd.linalg.systems import system
 
 # Above what rounding of float32 activations and sums does to the spectrum of correlations; it adds
 # at most ε/4·Σᵢ rᵢᵢ‖mᵢ‖² to E‖y − M x‖², and O(ε²) in directions that are well determined.
@@ -98,7 +98,7 @@ class Reconstruction:
 
     @cached_property
     def r(self) -> Tensor:
-        """R, d×d; multiplied out where only its root was given."""
+        """R, d×d; multiplied out where its root was given."""
         return self.second.dense() if isinstance(self.second, Root) else self.second
 
     @cached_property
@@ -112,7 +112,9 @@ class Reconstruction:
     @cached_property
     def curvature(self) -> float:
         """λmax(R), the Lipschitz constant of the gradient."""
-        return max(0.0, float(torch.linalg.eigvalsh(self.r)[-1]))
+        same = self.second
+        same = same.z @ same.z.T if isinstance(same, Root) else same  # in other than zeros
+        return max(0.0, float(torch.linalg.eigvalsh(same)[-1]))
 
     def support(self, kept: Tensor) -> Tensor:
         """The entries of x, ascending, that stay when only the ``kept`` channels (G bools) do.
@@ -129,7 +131,7 @@ class Reconstruction:
     def loss(self, m: Tensor) -> float:
         """½E‖y − M x‖² of an m×d matrix."""
         m = m.double()
-        return 0.5 * (self.energy + float(((m @ self.r - 2 * self.ryx) * m).sum()))
+        return 0.5 * (self.energy + float(((self.gradient(m) - self.ryx) * m).sum()))
 
     def error(self, m: Tensor) -> float:
         """Relative error E‖y − M x‖² / E‖y‖² of an m×d matrix: M = 0 has an error of 1."""
@@ -138,9 +140,13 @@ class Reconstruction:
             return 0.0 if absolute == 0 else float("inf")
         return absolute / self.energy
 
-    def gradient(self, m: Tensor) -> Tensor:
-        """The loss' gradient M R − R_yx, m×d."""
-        return m.double() @ self.r - self.ryx
+    def gradient(self, m: Tensor, entries: Tensor | None = None) -> Tensor:
+        """The loss' gradient M R − R_yx, m×d, of an M that is zero but for some entries of x."""
+        m = m.double() if entries is None else m.double()[:, entries]
+        if isinstance(self.second, Root):
+            z = self.second.z
+            return (m @ (z if entries is None else z[:, entries]).T) @ z - self.ryx
+        return m @ (self.second if entries is None else self.second[entries]) - self.ryx
 
 
 def _moments(r: AnySecondMoment, ryx: Tensor) -> tuple[AnySecondMoment, Tensor]:

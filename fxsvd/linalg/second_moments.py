@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar, cast
 
@@ -68,6 +69,21 @@ def restricted(r: SecondMoment, entries: Tensor) -> SecondMoment:
         return r[entries][:, entries]
     columns = Root(r.z[:, entries])
     return columns if len(columns.z) < len(columns) else columns.dense()
+
+
+def block_diagonal(moments: Sequence[SecondMoment], scales: Sequence[float]) -> SecondMoment:
+    """Second moments of inputs that are unrelated, times numbers; a root where all are roots.
+
+    >>> root = Root(torch.tensor([[1.0, 2.0]]))
+    >>> block_diagonal([root, root], [1.0, 4.0]).z.tolist()
+    [[1.0, 2.0, 0.0, 0.0], [0.0, 0.0, 2.0, 4.0]]
+    """
+    roots = [r.z * s**0.5 for r, s in zip(moments, scales, strict=True) if isinstance(r, Root)]
+    if len(roots) == len(moments):
+        return Root(torch.block_diag(*roots))
+    dense = [r.dense() if isinstance(r, Root) else r for r in moments]
+    out: Tensor = torch.block_diag(*(r * s for r, s in zip(dense, scales, strict=True)))
+    return out
 
 
 def standardize(r: AnySecondMoment) -> tuple[AnySecondMoment, Tensor]:

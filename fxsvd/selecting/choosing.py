@@ -17,9 +17,10 @@ from fxsvd.dependency import Dependencies
 from fxsvd.importance import Scores
 from fxsvd.linalg.elimination import backward_elimination, forward_selection
 from fxsvd.linalg.lasso import group_lasso, largest_penalty, norms, support_of_width
+from fxsvd.linalg.nested import errors_without
 from fxsvd.linalg.reconstruction import Reconstruction
 from fxsvd.relations import Atoms
-from fxsvd.selecting.selection import Selection, errors_without, stacked
+from fxsvd.selecting.selection import Selection, stacked
 from fxsvd.widths import local_counts
 
 KKT = 1e-5

@@ -15,8 +15,8 @@ from fxsvd.data.moments import Moment
 from fxsvd.data.readers import Reader
 from fxsvd.dependency import Dependencies
 from fxsvd.importance import Scores
-from fxsvd.linalg.reconstruction import RIDGE, Reconstruction
-from fxsvd.linalg.second_moments import Root, SecondMoment, cholesky, restricted, standardize
+from fxsvd.linalg.reconstruction import Reconstruction
+from fxsvd.linalg.second_moments import Root, SecondMoment, block_diagonal, restricted
 from fxsvd.relations import Atoms
 from fxsvd.selecting.fit import Fit, Mask, covariances, lost, own_output
 
@@ -193,37 +193,11 @@ def stacked(problems: list[Reconstruction]) -> Reconstruction:
     start, groups = 0, []
     for p in problems:
         groups.append(torch.where(p.groups >= 0, p.groups + start, -1))
-        start += len(p.r)
+        start += len(p.second)
     scale = [1 / max(p.energy, 1e-300) for p in problems]
-    r = torch.block_diag(*(p.r * s for p, s in zip(problems, scale, strict=True)))
+    second = block_diagonal([p.second for p in problems], scale)
     ryx = torch.block_diag(*(p.ryx * s for p, s in zip(problems, scale, strict=True)))
-    return Reconstruction(r, ryx, float(len(problems)), torch.cat(groups, dim=1))
-
-
-def errors_without(problem: Reconstruction, *, ridge: float = RIDGE) -> Tensor:
-    """Relative errors of the best fits without the first channel, the first two, and so on.
-
-    With the channels in reverse, leading blocks of one Cholesky factor L are the factors of all
-    these fits, and E‖y‖² − Σ ‖(L⁻¹ R_xy)_i‖² over the entries i that are left is their error.
-
-    >>> each = torch.arange(3)[:, None]
-    >>> problem = Reconstruction.of_weight(torch.tensor([[0.0, 1.0, 2.0]]), torch.eye(3), each)
-    >>> errors_without(problem, ridge=0.0)
-    tensor([0.0000, 0.2000, 1.0000], dtype=torch.float64)
-    """
-    free = (problem.owner == len(problem.groups)).nonzero()[:, 0]
-    turned = problem.groups.flip(0)
-    order = torch.cat([free, turned[turned >= 0]])
-    matrix, scale = standardize(problem.r[order][:, order])
-    half = torch.linalg.solve_triangular(
-        cholesky(matrix, ridge), (problem.ryx[:, order] * scale).T, upper=False
-    )
-    explained = torch.cat([half.new_zeros(1), half.square().sum(dim=1).cumsum(0)])
-    used = len(free) + (turned >= 0).sum(dim=1).cumsum(0)
-    left = torch.cat([used.new_tensor([len(free)]), used[:-1]]).flip(0)
-    if problem.energy == 0:
-        return torch.zeros(len(left), dtype=torch.float64)
-    return (1 - explained[left] / problem.energy).clamp(min=0)
+    return Reconstruction(second, ryx, float(len(problems)), torch.cat(groups, dim=1))
 
 
 def readable(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fxsvd.linalg.elimination import backward_elimination, forward_selection
+from fxsvd.linalg.nested import errors_without
 from fxsvd.linalg.reconstruction import RIDGE, Reconstruction, least_squares
 from fxsvd.linalg.second_moments import Root
 
@@ -117,6 +118,19 @@ def test_costs_are_the_errors_after_refitting(name: str) -> None:
     torch.testing.assert_close(
         found.costs, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-10
     )
+
+
+@pytest.mark.parametrize("name", PROBLEMS | TIED)
+def test_errors_without_the_first_channels_are_those_of_refitting(name: str) -> None:
+    for problem in (PROBLEMS | TIED)[name]:
+        count = len(problem.groups)
+        expected = [refit_error([problem], range(n + 1, count)) for n in range(count)]
+        torch.testing.assert_close(
+            errors_without(problem),
+            torch.tensor(expected, dtype=torch.float64),
+            rtol=1e-9,
+            atol=1e-9,
+        )
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

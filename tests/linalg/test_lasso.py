@@ -16,6 +16,7 @@ from fxsvd.linalg.lasso import (
     support_of_width,
 )
 from fxsvd.linalg.reconstruction import Reconstruction, least_squares
+from fxsvd.linalg.second_moments import Root
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -76,6 +77,21 @@ def test_it_agrees_with_block_coordinate_descent(
     assert found.residual <= 1e-12
     assert (norms(problem, found.m) > 0).tolist() == (norms(problem, expected) > 0).tolist()
     assert float((found.m - expected).norm()) <= 1e-8 * float(expected.norm())
+
+
+@pytest.mark.parametrize("share", [0.7, 0.2, 0.02])
+def test_of_a_root_it_is_what_it_is_of_the_second_moment(share: float) -> None:
+    z, y = normal(7, 24), normal(7, 3, seed=1)
+    groups = torch.randperm(24, generator=torch.Generator().manual_seed(0))[:21].view(7, 3)
+    of_root, dense = (
+        Reconstruction(r, y.T @ z, float(y.square().sum()), groups) for r in (Root(z), z.T @ z)
+    )
+    penalty = share * largest_penalty(dense)
+    found, expected = (group_lasso(p, penalty, tolerance=1e-10) for p in (of_root, dense))
+    assert found.residual <= 1e-10
+    torch.testing.assert_close(norms(of_root, found.m), norms(dense, expected.m))
+    torch.testing.assert_close(found.m @ z.T, expected.m @ z.T)
+    assert torch.equal(support_of_width(of_root, 4), support_of_width(dense, 4))
 
 
 @pytest.mark.parametrize("share", [0.7, 0.2, 0.02])
