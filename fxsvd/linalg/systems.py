@@ -142,7 +142,8 @@ class RootSystem:
 
     def inverse(self, count: int) -> Rooted:
         """The part of the first entries, so many of them."""
-        return Rooted(self._v[:, :count].contiguous(), 1 / self.ridge, -1)
+        v = self._v[:, :count].clone(memory_format=torch.contiguous_format)  # which taking changes
+        return Rooted(v, 1 / self.ridge, -1)
 
     def beside(self, ryx: Tensor, count: int) -> tuple[Rooted, Tensor]:
         """R + εI and R_yx for the first entries, once the others have been taken out."""
