@@ -5,9 +5,10 @@ spaces are narrowed by ``Select``, refitted to what their readers computed on tr
 resize that costs more than one point of accuracy is undone, and half as much tried next. At
 ``--target`` parameters the network is trained on, and kept in WORK. With ``--floor`` it is shrunk
 on, in the end channel by channel, trained to the end after each, until none can go without the
-accuracy falling below; WORK keeps the smallest, from where this goes on. Steered by 5,000 training
-images that are held out, where more is asked for than the floor: the best of several trainings is
-partly luck. The test set is looked at once for each of the two sizes.
+accuracy falling below; WORK keeps the smallest, from where the same command, run again, goes on
+(and tries once more what was needed). Steered by 5,000 training images that are held out, where
+more is asked for than the floor: the best of several trainings is partly luck. The test set is
+looked at once for each of the two sizes.
 
     python examples/reproduce/evolve.py mnist --data DIR --target 12500 --floor 98.5
     python examples/reproduce/evolve.py fashion_mnist --data DIR --target 250000 --floor 90
