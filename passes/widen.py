@@ -129,8 +129,8 @@ class Widen:
             PlanError: a weight is not finite, or there is no batch.
         """
         require_numbers(deps)
-        counts, why = counts.copy(), dict(why)
         whole = self._whole(deps)
+        counts, why = counts[whole], dict(why)
         pairs = paired(deps) & ~in_heads(whole)  # the product over a copied head is its own
         marks = self._settle(deps, counts, pairs, whole, why)
         found = self._prospects(deps, counts, why) if self.init == "gradient" else None
@@ -188,7 +188,7 @@ class Widen:
             counts[group.channels] += extra // len(steps)
             for channels in steps[: extra % len(steps)]:
                 counts[channels] += 1
-        return counts[self._whole(deps)]
+        return counts
 
 
 def _more(counts: Counts, found: Prospects) -> int:

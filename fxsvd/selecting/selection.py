@@ -17,7 +17,7 @@ from fxsvd.dependency import Dependencies
 from fxsvd.importance import Scores
 from fxsvd.linalg.reconstruction import Reconstruction
 from fxsvd.linalg.second_moments import Root, SecondMoment, block_diagonal, restricted
-from fxsvd.relations import Atoms
+from fxsvd.relations import Atoms, runs
 from fxsvd.selecting.fit import Fit, Mask, covariances, lost, own_output
 
 
@@ -173,17 +173,10 @@ def _fewer(cross: Tensor, r: SecondMoment) -> tuple[Tensor, Tensor | None]:
 
 def entry_groups(entries: Atoms, channels: Atoms) -> Tensor:
     """Where each channel occurs among the entries: ``[channels, most]``, padded with -1."""
-    order = np.argsort(channels)
-    place = np.searchsorted(channels, entries, sorter=order).clip(max=len(channels) - 1)
-    owner = order[place]
-    found = np.flatnonzero(channels[owner] == entries)
-    owner = owner[found]
-    ranks = np.argsort(owner, kind="stable")
-    counts = np.bincount(owner, minlength=len(channels))
-    column = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-    out = np.full((len(channels), max(int(counts.max(initial=0)), 1)), -1, dtype=np.int64)
-    out[owner[ranks], column] = found[ranks]
-    return torch.from_numpy(out)
+    order, first, times = runs(entries, channels)
+    column = np.arange(max(int(times.max(initial=0)), 1))
+    place = (first[:, None] + column).clip(max=len(order))
+    return torch.from_numpy(np.where(column < times[:, None], np.append(order, -1)[place], -1))
 
 
 def stacked(problems: list[Reconstruction]) -> Reconstruction:
