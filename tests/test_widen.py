@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -44,9 +46,9 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Queries and keys are multiplied with each other: no layer reads them."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = 6) -> None:
         super().__init__()
-        self.q, self.k, self.v = (nn.Linear(6, 8) for _ in range(3))
+        self.q, self.k, self.v = (nn.Linear(size, 8) for _ in range(3))
         self.o = nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,7 +67,7 @@ def images(count: int = 4) -> Tensor:
     return torch.randn(count, 3, 6, 6, generator=torch.Generator().manual_seed(1)).double()
 
 
-def made(kind: type[nn.Module] = Block) -> nn.Module:
+def made(kind: Callable[[], nn.Module] = Block) -> nn.Module:
     torch.manual_seed(0)
     return randomized(kind()).double().eval()
 
@@ -135,10 +137,11 @@ def test_copies_that_are_split_become_different() -> None:
     assert not torch.allclose(gradient[0], gradient[1])
 
 
-def test_attention_keeps_its_scores() -> None:
-    net, x = made(Attention), torch.randn(3, 5, 6).double()
+@pytest.mark.parametrize("size", [6, 12], ids=["fewer inputs than keys", "more"])
+def test_attention_keeps_its_scores(size: int) -> None:
+    net, x = made(partial(Attention, size)), torch.randn(3, 5, size).double()
     wide = widened(net, x, Widen(ratio=0.5, init="orthogonal"))
-    assert wide.q.weight.shape == (12, 6)
+    assert wide.q.weight.shape == (12, size)
     new = (wide.k.weight == 0).all(1)
     assert new.reshape(2, 6).sum(1).tolist() == [2, 2]
     assert not (wide.q.weight == 0).all(1).any()

@@ -67,10 +67,12 @@ class Growth:
         axes = [(self._role(known, block), block) for block in known.type.blocks]
         for role, block in sorted(axes, key=lambda axis: axis[0] != "consumer"):
             layout = self.widening.layout(known.type, block)
+            if not layout.rank.any():
+                continue
             mark = self.marks.get((known.names[0], block.dims[-1]))
-            if mark is not None and layout.rank.any():
+            if mark is not None:
                 value = self._marked(layout, mark, value)
-            elif role != "follower" and layout.rank.any():
+            elif role != "follower":
                 grow = self._read if role == "consumer" else self._written
                 value = grow(known, layout, value)
             elif known.names[0] in self._silent:
