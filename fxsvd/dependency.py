@@ -206,7 +206,7 @@ def _freeze_groups(
         members = group.channels.tolist()
         why = next((reasons[c] for c in members if c in reasons), None)
         if why is None and rows[group.channels].any():
-            why = "it counts rows of channels (heads, groups), each of which keeps some"
+            why = "it counts rows of channels (heads, groups) and follows whole ones"
         if why is None and group.steps > 1:
             live.append(group)
             continue

@@ -80,7 +80,8 @@ class Widening:
             if not counts[space.channels].all():
                 raise PlanError(f"a plan narrows or widens: make two stages of it for {edit.space}")
         whole = whole_heads(deps, rows)
-        if ((counts != counts[whole]) & (deps.space_of >= 0)).any():
+        told = [space.channels for space in deps.spaces if not space.frozen]
+        if any((counts[channels] != counts[whole[channels]]).any() for channels in told):
             raise PlanError("the plan copies a part of a head: copy all of it, or features of each")
         out = cls(whole[deps.channels.of], counts, {v.parameter: v.value for v in plan.values})
         known = {p.names[0]: p for p in deps.analysis.parameters.values()}

@@ -209,14 +209,15 @@ def as_plan(
 
     Args:
         deps: the analysis.
-        counts: per channel, whether it stays, or how often it is there afterwards.
+        counts: per channel, whether it stays, or how often it is there afterwards. (What counts
+            rows is frozen, and follows these.)
         why: by a space's number, why it stays.
         left: why any other space that loses and gets nothing stays.
     """
     edits, skips = [], []
     for i, space in enumerate(deps.spaces):
         times = counts[space.channels].astype(np.int64)
-        if (times != 1).any():
+        if not space.frozen and (times != 1).any():
             keep = np.repeat(np.arange(space.width), times)
             edits.append(Remap(space.name, space.width, tuple(keep.tolist())))
             continue

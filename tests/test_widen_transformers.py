@@ -286,6 +286,7 @@ HEADS = (
     "grouped_query_by_expand",
     "multihead_attention_self",
     "window_attention_with_relative_position_bias",
+    "attention_with_embedded_position_bias",
 )
 
 

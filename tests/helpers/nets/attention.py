@@ -471,6 +471,19 @@ def window_attention_with_relative_position_bias() -> nn.Module:
     )
 
 
+@idiom(SEQUENCE, {**QKV, "bias": (2, "it counts rows of channels")})
+def attention_with_embedded_position_bias() -> nn.Module:
+    """T5's: an embedding of distances gives each head a bias; its width counts heads."""
+
+    def run(m: Net, x: Tensor) -> Tensor:
+        y, at = m.a(x), torch.arange(x.shape[1])
+        q, k, v = (heads(layer(y)) for layer in (m.q, m.k, m.v))
+        bias = m.bias((at[None, :] - at[:, None]).clamp(-2, 2) + 2).permute(2, 0, 1).unsqueeze(0)
+        return m.out(y + m.o(merged((q @ k.transpose(-2, -1) + bias).softmax(-1) @ v)))
+
+    return Net(run, **projections(bias=nn.Embedding(5, HEADS)))
+
+
 @idiom(floats(4, 4, 5), {"a": (8, 4), "merge": (12, 6), **OUT})
 def patch_merging() -> nn.Module:
     """Swin's: four neighbours side by side, normalized, mixed."""
