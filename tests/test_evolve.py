@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm.optim
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -456,6 +457,8 @@ def test_a_gradient_scaler_goes_on() -> None:
         (torch.optim.LBFGS, "its history is of all parameters in one vector"),
         (torch.optim.Adafactor, "it remembers rows and columns, not numbers"),
         (torch.optim.ASGD, "let an AveragedModel do that"),
+        (timm.optim.Adafactor, "it remembers rows and columns, not numbers"),
+        (timm.optim.Adahessian, "on the parameters themselves"),
     ],
 )
 def test_optimizers_whose_memory_cannot_be_resized_are_refused(kind: Any, why: str) -> None:
@@ -464,12 +467,22 @@ def test_optimizers_whose_memory_cannot_be_resized_are_refused(kind: Any, why: s
         fxsvd.Evolver(net, batch(0)[0], kind(net.parameters()))
 
 
-def test_memory_of_a_shape_of_its_own_is_refused_before_anything_changes() -> None:
+@pytest.mark.parametrize(
+    ("key", "value", "why"),
+    [
+        ("row_var", torch.zeros(8, 1, 1, 1), r"\[8, 1, 1, 1\] for one of \[8, 6, 3, 3\]"),
+        ("factors", [torch.eye(8), torch.eye(8)], r"\[8, 8\] for one of \[8, 6, 3, 3\]"),
+        ("x0", torch.zeros(8, 6, 3, 3), "where it was, and a resize moves it"),
+    ],
+)
+def test_memory_of_anything_but_gradients_is_refused_before_anything_changes(
+    key: str, value: Any, why: str
+) -> None:
     evolver, optimizer = made("sgd")
     train(evolver.model, optimizer, range(2))
-    optimizer.state[evolver.model.a.weight]["row_var"] = torch.zeros(8, 1, 1, 1)
+    optimizer.state[evolver.model.a.weight][key] = value
     shapes = [p.shape for p in evolver.model.parameters()]
-    with pytest.raises(FxsvdError, match=r"`row_var` of shape \[8, 1, 1, 1\] for `a.weight`"):
+    with pytest.raises(FxsvdError, match=rf"remembers `{key}` for `a.weight`, .*{why}"):
         evolver.resize(Prune(0.5))
     assert [p.shape for p in evolver.model.parameters()] == shapes
     train(evolver.model, optimizer, range(2, 4))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from fxsvd.analysis import Parameter
 from fxsvd.dependency import Dependencies
@@ -31,11 +32,17 @@ MEANS = {"exp_avg": 0, "exp_avg_sq": 1, "max_exp_avg_sq": 1}
 POWERS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf", "acc_delta", "step_size")
 """What optimizers divide by: copies inherit it where no steps are counted, lest they leap."""
 
-REFUSED: dict[type[Optimizer], str] = {
-    torch.optim.LBFGS: "its history is of all parameters in one vector",
-    torch.optim.Adafactor: "it remembers rows and columns, not numbers",
-    torch.optim.ASGD: "it averages parameters; let an AveragedModel do that (see Evolver.follow)",
+PLACES = ("x0", "p0", "z", "lookahead_slow_buff")
+"""Names under which optimizers keep where parameters were, to go back there."""
+
+REFUSED = {
+    "LBFGS": "its history is of all parameters in one vector",
+    "Adafactor": "it remembers rows and columns, not numbers",
+    "ASGD": "it averages parameters; let an AveragedModel do that (see Evolver.follow)",
+    "Adahessian": "it keeps what it sums up on the parameters themselves",
+    "Lookahead": "another optimizer inside it does the remembering",
 }
+"""Why not, by the names of classes: some are of torch, some of other libraries."""
 
 
 def require_owner(optimizer: Optimizer, graph: nn.Module) -> None:
@@ -51,9 +58,9 @@ def require_owner(optimizer: Optimizer, graph: nn.Module) -> None:
     Traceback (most recent call last):
     fxsvd.errors.FxsvdError: LBFGS cannot be resized: its history is of all parameters in one vector
     """
-    for kind, why in REFUSED.items():
-        if isinstance(optimizer, kind):
-            raise FxsvdError(f"{kind.__name__} cannot be resized: {why}")
+    for kind in type(optimizer).__mro__:
+        if kind.__name__ in REFUSED:
+            raise FxsvdError(f"{kind.__name__} cannot be resized: {REFUSED[kind.__name__]}")
     own = {id(p) for p in graph.parameters()}
     given = [p for group in optimizer.param_groups for p in group["params"]]
     strangers = sum(id(p) not in own for p in given)
@@ -134,17 +141,28 @@ def _require_possible(optimizer: Optimizer, names: Mapping[int, str], joining: J
     kind = type(optimizer).__name__
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
-            whole = isinstance(value, Tensor) and value.numel() > 1
-            if whole and value.shape != parameter.shape:
+            why = _why_not(key, value, parameter)
+            if why:
                 raise FxsvdError(
-                    f"{kind} remembers `{key}` of shape {list(value.shape)} for "
-                    f"`{names[id(parameter)]}` of shape {list(parameter.shape)}: nothing says how "
-                    "that is resized; use an optimizer that remembers a number per number"
+                    f"{kind} remembers `{key}` for `{names[id(parameter)]}`, {why}; use an "
+                    "optimizer that remembers gradients number by number, as SGD and Adam do"
                 )
     if isinstance(optimizer, torch.optim.Muon):
         for home, parameters in joining.items():
             if any(p.dim() != 2 for p in parameters):
                 raise FxsvdError(f"Muon trains matrices only: it cannot have what replaces {home}")
+
+
+def _why_not(key: str, value: Any, parameter: Tensor) -> str | None:
+    """Why what is remembered of a parameter cannot be resized."""
+    if key in PLACES:
+        return "where it was, and a resize moves it"
+    for part in tree_leaves(value):
+        whole = isinstance(part, Tensor) and part.numel() > 1
+        if whole and (part is not value or part.shape != parameter.shape):
+            shapes = f"{list(part.shape)} for one of {list(parameter.shape)}"
+            return f"{shapes}: nothing says how that is resized"
+    return None
 
 
 def _begin(optimizer: Optimizer, group: dict[str, Any]) -> None:
