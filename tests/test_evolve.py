@@ -628,6 +628,8 @@ def test_what_is_no_pass_is_refused_in_words(asked: Any) -> None:
         evolver.step(1)
     with pytest.raises(PlanError, match="is no pass"):
         evolver.resize(Prune)  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match=r"a policy returns a sequence of passes|is no pass"):
+        fxsvd.Schedule({1: (Prune(0.5),), 10_000: asked})  # at once, not after 10,000 steps
     assert not evolver.history
     train(evolver.model, optimizer, range(2))
 

@@ -49,11 +49,18 @@ class Schedule:
     Attributes:
         passes: by the number of a step.
 
+    Raises:
+        PlanError: under some step there is something else than a sequence of passes.
+
     >>> Schedule({10: (Shrink(ratio=0.25),)})(None, 10)
     (Shrink(ratio=0.25, round_to=1, only=(), ignore=()),)
     """
 
     passes: dict[int, Sequence[Pass]]
+
+    def __post_init__(self) -> None:
+        for asked in self.passes.values():
+            require_passes(asked)
 
     def __call__(self, network: fx.GraphModule | None, step: int) -> Sequence[Pass]:
         """What to do at a step."""
