@@ -19,7 +19,7 @@ from fxsvd.errors import FxsvdError, PlanError, VerificationError
 from fxsvd.evolving.averages import resized_average
 from fxsvd.passes import Factorize, Prune, Select, Widen
 from fxsvd.rewrite import rewrite
-from tests.helpers.evolving import Residual
+from tests.helpers.evolving import Residual, batch
 
 AVERAGES: dict[str, dict[str, Any]] = {
     "ema": {"multi_avg_fn": get_ema_multi_avg_fn(0.9)},
@@ -28,25 +28,19 @@ AVERAGES: dict[str, dict[str, Any]] = {
 }
 
 
-def batch(seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(16, 2, 5, 5, generator=generator).double()
-
-
 def made(kind: str = "ema", **options: Any) -> tuple[fxsvd.Evolver, Any, Any]:
     net = Residual().double().train()
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
-    evolver = fxsvd.Evolver(net, batch(0), optimizer, **options)
+    evolver = fxsvd.Evolver(net, batch(0)[0], optimizer, **options)
     average = evolver.follow(AveragedModel(evolver.model, **AVERAGES[kind]))
     return evolver, optimizer, average
 
 
 def train(evolver: fxsvd.Evolver, optimizer: Any, average: Any, steps: range) -> None:
     for step in steps:
-        x = batch(step)
+        x, y = batch(step)
         optimizer.zero_grad()
-        target = (x.mean((1, 2, 3)) * 20).long().clamp(0, 2)
-        F.cross_entropy(evolver.model(x), target).backward()
+        F.cross_entropy(evolver.model(x), y).backward()
         optimizer.step()
         average.update_parameters(evolver.model)
 
@@ -65,7 +59,7 @@ def test_without_dead_channels_the_average_is_what_it_is_with_them(kind: str) ->
     alive = [i for i in range(8) if i % 3]
     expected = control.module.a.weight[alive]
     assert torch.allclose(average.module.a.weight, expected, rtol=1e-9, atol=1e-12)
-    a, b = average.eval()(batch(99)), control.eval()(batch(99))
+    a, b = average.eval()(batch(99)[0]), control.eval()(batch(99)[0])
     assert (a - b).abs().max() < 1e-9 * b.abs().max()
 
 
@@ -74,7 +68,7 @@ def test_without_dead_channels_the_average_is_what_it_is_with_them(kind: str) ->
 def test_growth_leaves_what_the_average_computes(kind: str, init: Any) -> None:
     evolver, optimizer, average = made(kind)
     train(evolver, optimizer, average, range(5))
-    x = batch(99)
+    x = batch(99)[0]
     before = [net.eval()(x) for net in (evolver.model, average)]
     assert (before[0] - before[1]).abs().max() > 1e-3
     evolver.model.train()
@@ -107,12 +101,12 @@ def test_growth_of_the_average_is_the_average_of_grown_networks(init: Any) -> No
 def test_growth_by_gradients_leaves_what_the_average_computes() -> None:
     evolver, optimizer, average = made()
     train(evolver, optimizer, average, range(5))
-    labelled = [(batch(5), torch.arange(16) % 3)]
-    before = average.eval()(batch(99))
+    labelled = [(batch(5)[0], torch.arange(16) % 3)]
+    before = average.eval()(batch(99)[0])
     options = Widen(ratio=0.5, only="a", init="gradient", loss=F.cross_entropy, data=labelled)
     assert evolver.resize(options).plan.widens
     assert not average.module.a.weight.flatten(1).any(1).all()
-    after = average(batch(99))
+    after = average(batch(99)[0])
     assert (after - before).abs().max() < 1e-9 * before.abs().max()
 
 
@@ -153,7 +147,7 @@ def test_what_was_fitted_anew_begins_at_the_networks_numbers() -> None:
     evolver, optimizer, average = made()
     train(evolver, optimizer, average, range(5))
     old = copy.deepcopy(average.module)
-    event = evolver.resize(Select(ratio=0.5, only="a"), data=[batch(i) for i in range(4)])
+    event = evolver.resize(Select(ratio=0.5, only="a"), data=[batch(i)[0] for i in range(4)])
     (edit,) = event.plan.edits
     model, held = evolver.model, average.module
     assert torch.equal(held.b.weight, model.b.weight)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import timm.optim
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -249,14 +248,26 @@ def test_a_gradient_scaler_goes_on() -> None:
         (torch.optim.LBFGS, "its history is of all parameters in one vector"),
         (torch.optim.Adafactor, "it remembers rows and columns, not numbers"),
         (torch.optim.ASGD, "let an AveragedModel do that"),
-        (timm.optim.Adafactor, "it remembers rows and columns, not numbers"),
-        (timm.optim.Adahessian, "on the parameters themselves"),
     ],
 )
 def test_optimizers_whose_memory_cannot_be_resized_are_refused(kind: Any, why: str) -> None:
     net = Residual().double()
     with pytest.raises(FxsvdError, match=f"{kind.__name__} cannot be resized: .*{why}"):
         fxsvd.Evolver(net, batch(0)[0], kind(net.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("Adafactor", "it remembers rows and columns, not numbers"),
+        ("Adahessian", "on the parameters themselves"),
+    ],
+)
+def test_those_of_timm_are_refused_likewise(name: str, why: str) -> None:
+    optimizers = pytest.importorskip("timm.optim", reason="needs the timm extra")
+    net = Residual().double()
+    with pytest.raises(FxsvdError, match=f"{name} cannot be resized: .*{why}"):
+        fxsvd.Evolver(net, batch(0)[0], getattr(optimizers, name)(net.parameters()))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ and come where they promise most (``fxsvd.Balance``). Both take as many steps, w
 from the same weights. 5,000 training images are held out; the test set is looked at once for each
 of the two.
 
-    python examples/reproduce/evolve_cifar.py --data DIR [--steps 1400] [--seeds 1] [--first 0]
+    python examples/reproduce/evolve_cifar.py --data DIR [--steps 1400] [--seeds 1] [--first-seed 0]
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=2_190_000, help="parameters, at most")
     parser.add_argument("--most", type=float, default=0.02, help="of a space's channels, each time")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--first", type=int, default=0, help="of the seeds")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--only", choices=["fixed", "evolved"])
     options = data.parse(parser)
-    for seed in range(options.first, options.first + options.seeds):
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
         for kind in ("fixed", "evolved"):
             if options.only in (None, kind):
                 _one(kind, seed, options)
