@@ -23,7 +23,7 @@ import fxsvd
 from fxsvd.cost import parameters
 
 HELD_OUT, BATCH, DECAY = 5000, 64, 1e-2
-RATE, LAST_RATE = 2e-3, 2e-5
+LAST_RATE = 2e-5
 Widths = tuple[tuple[int, int, int], ...]
 
 
@@ -39,6 +39,7 @@ class Task:
         pooled: the blocks with a max-pool behind them.
         flipped: whether a mirrored image is as good.
         half: whether layers compute in bfloat16 in training (under autocast).
+        rate: the learning rate before it falls.
     """
 
     dataset: str
@@ -48,6 +49,7 @@ class Task:
     pooled: tuple[int, ...]
     flipped: bool = False
     half: bool = False
+    rate: float = 2e-3
 
     def network(self, blocks: Widths | None = None) -> nn.Module:
         """A new one, of other widths where they are given."""
@@ -99,6 +101,7 @@ TASKS = {
         pooled=(2, 5, 8),
         flipped=True,
         half=True,
+        rate=1e-3,
     ),
 }
 
@@ -160,7 +163,9 @@ class Run:
 
     def fresh(self, network: nn.Module) -> fxsvd.Evolver:
         """A new optimizer and evolver for a network."""
-        optimizer = torch.optim.AdamW(network.parameters(), RATE, weight_decay=DECAY, fused=True)
+        optimizer = torch.optim.AdamW(
+            network.parameters(), self.task.rate, weight_decay=DECAY, fused=True
+        )
         return fxsvd.Evolver(
             network,
             self.held[0][:2],
@@ -173,6 +178,18 @@ class Run:
         """Go back to what ``evolver.state_dict()`` gave."""
         self.evolver = self.fresh(self.task.network(self.blocks))
         self.evolver.load_state_dict(state)
+
+    def save(self, path: Path) -> None:
+        """Keep everything that ``load`` needs to go on as if nothing had happened."""
+        state = self.evolver.state_dict(), self.steps, self.generator.get_state()
+        torch.save(state, path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
+
+    def load(self, path: Path) -> None:
+        """Go on from what was saved."""
+        state, self.steps, drawn = torch.load(path, weights_only=False)
+        self.restore(state)
+        self.generator.set_state(drawn)
 
     @property
     def size(self) -> int:
@@ -205,8 +222,9 @@ class Run:
             images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
         return self.task.prepare(shifted(images, self.generator))
 
-    def train(self, steps: int, begin: float = RATE, end: float = RATE) -> None:
-        """Some steps, with a rate that goes evenly from one number to another."""
+    def train(self, steps: int, begin: float | None = None, end: float | None = None) -> None:
+        """Some steps, with a rate that goes evenly from one number to another (the task's)."""
+        begin, end = begin or self.task.rate, end or self.task.rate
         model, optimizer = self.evolver.model.train(), self.evolver.optimizer
         for step in range(steps):
             for group in optimizer.param_groups:
@@ -221,7 +239,7 @@ class Run:
             optimizer.step()
         self.steps += steps
 
-    def finish(self, epochs: float, begin: float = RATE) -> float:
+    def finish(self, epochs: float, begin: float | None = None) -> float:
         """Train with a falling rate; the share of the held-out images that is right, in %."""
         self.train(int(epochs * len(self.images) / BATCH), begin, LAST_RATE)
         return self.right(self.evolver.model.eval())
