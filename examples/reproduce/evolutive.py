@@ -239,7 +239,7 @@ class Run:
             optimizer.step()
         self.steps += steps
 
-    def finish(self, epochs: float, begin: float | None = None) -> float:
+    def finish(self, epochs: float) -> float:
         """Train with a falling rate; the share of the held-out images that is right, in %."""
-        self.train(int(epochs * len(self.images) / BATCH), begin, LAST_RATE)
+        self.train(int(epochs * len(self.images) / BATCH), end=LAST_RATE)
         return self.right(self.evolver.model.eval())

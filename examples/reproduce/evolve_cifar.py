@@ -47,7 +47,9 @@ def main() -> None:
 
 def _one(kind: str, seed: int, options: argparse.Namespace) -> None:
     run = Run(TASKS["cifar10"], options.data, options.work, seed=seed)
-    kept = options.work / f"evolve-cifar-{kind}-{seed}-{options.steps}.pt"
+    moved = (options.at, options.ratio, options.budget) if kind == "evolved" else ()
+    name = "-".join(map(str, (kind, seed, options.steps, *moved)))
+    kept = options.work / f"evolve-cifar-{name}.pt"
     if kept.exists():
         run.load(kept)
     half = int(CONSTANT * options.steps)
