@@ -17,7 +17,7 @@ from torch import fx
 
 from fxsvd.analysis import Analysis, Site
 from fxsvd.coupling import Group, couple
-from fxsvd.relations import Atoms, Channels
+from fxsvd.relations import Atoms, Channels, Relations
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +104,32 @@ class Dependencies:
                 graph.add_edge(space.name, layer_name(site.tensor), role="reads")
         return graph
 
+    @cached_property
+    def growing(self) -> Dependencies:
+        """The same for growth: what is gathered from channels again and again grows without them.
+
+        So each stream of a network whose skips are tiles is a space of its own.
+
+        >>> import torch
+        >>> from fxsvd.capture import capture
+        >>> class Block(torch.nn.Module):
+        ...     def __init__(self, width, out):
+        ...         super().__init__()
+        ...         self.a, self.b = torch.nn.Linear(width, 5), torch.nn.Linear(5, out)
+        ...     def forward(self, x):
+        ...         return x.repeat(1, 2) + self.b(self.a(x))
+        >>> net = torch.nn.Sequential(Block(2, 4), Block(4, 8), torch.nn.Linear(8, 3))
+        >>> deps = analyze(capture(net, torch.zeros(2, 2)))
+        >>> [[(s.name, s.width) for s in d.spaces if not s.frozen] for d in (deps, deps.growing)]
+        [[('0.b', 4), ('0.a', 5), ('1.a', 5)], [('0.b', 4), ('0.a', 5), ('1.b', 8), ('1.a', 5)]]
+        """
+        relations = self.analysis.relations
+        if relations.apart or not relations.copies:
+            return self
+        analysis = Analysis(self.analysis.graph, Relations(apart=True)).run()
+        _tie_copies(analysis)
+        return _solved(analysis)
+
     def space(self, name: str) -> Space:
         """The space of that name.
 
@@ -135,7 +161,10 @@ def analyze(graph: fx.GraphModule) -> Dependencies:
     >>> [(s.name, s.width, s.frozen) for s in deps.spaces]
     [('0', 8, None), ('2', 2, "it is the network's output")]
     """
-    analysis = Analysis(graph).run()
+    return _solved(Analysis(graph).run())
+
+
+def _solved(analysis: Analysis) -> Dependencies:
     channels, signature, groups = _coupled(analysis)
     while _tie_rows(analysis, channels, groups):
         channels, signature, groups = _coupled(analysis)
@@ -144,6 +173,19 @@ def analyze(graph: fx.GraphModule) -> Dependencies:
     spaces, space_of = _spaces(analysis, channels, signature, reasons)
     wanted = [g for g in groups if (space_of[g.channels] >= 0).all()]
     return Dependencies(analysis, channels, spaces, tuple(wanted), space_of)
+
+
+def _tie_copies(analysis: Analysis) -> None:
+    """Let copies grow with their originals where nobody else writes them, or reads those."""
+    channels = analysis.relations.solve()
+    roles = {role: np.zeros(channels.count, dtype=bool) for role in ("producer", "consumer")}
+    for site in analysis.sites:
+        if site.role in roles:
+            roles[site.role][channels.of[site.atoms]] = True
+    for new, old in analysis.relations.copies:
+        written, read = roles["producer"][channels.of[new]], roles["consumer"][channels.of[old]]
+        if not (written.any() and read.any()):
+            analysis.relations.unify(new, old)
 
 
 def _coupled(analysis: Analysis) -> tuple[Channels, np.ndarray, list[Group]]:

@@ -15,6 +15,7 @@ from fxsvd.axes import Block, Shape, TensorType
 from fxsvd.dependency import Dependencies, Space
 from fxsvd.edits import Plan, Remap
 from fxsvd.errors import PlanError
+from fxsvd.relations import Atoms
 
 Mask = npt.NDArray[np.bool_]
 
@@ -75,6 +76,10 @@ class Narrowing:
         for block in t.touches((dim,)):
             alive &= self._along_block(block, dim)
         return alive
+
+    def order(self, t: TensorType, dim: int) -> Atoms:
+        """Which index each of a dimension was before."""
+        return np.flatnonzero(self.along(t, dim))
 
     def _along_block(self, block: Block, dim: int) -> Mask:
         kept: Mask = self.atoms[block.atoms]

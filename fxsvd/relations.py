@@ -18,6 +18,16 @@ Atoms = npt.NDArray[np.int64]
 class Relations:
     """A store of relations between atoms, filled by the rules.
 
+    Attributes:
+        count: how many atoms there are.
+        equal: atoms that live and die together, pair by pair.
+        frozen: atoms that stay, and why.
+        lengths: rows that keep equal shares, and why.
+        rows: those of them that matter; see ``solve``.
+        nests: see ``nest``.
+        apart: whether copies may have other fates than their originals.
+        copies: see ``copied``.
+
     >>> relations = Relations()
     >>> a, b = relations.fresh(3), relations.fresh(3)
     >>> relations.unify(a, b)
@@ -33,6 +43,8 @@ class Relations:
     lengths: list[tuple[tuple[Atoms, ...] | Atoms, str]] = field(default_factory=list)
     rows: list[tuple[tuple[Atoms, ...], str]] = field(default_factory=list)
     nests: list[tuple[Atoms, Atoms]] = field(default_factory=list)
+    apart: bool = False
+    copies: list[tuple[Atoms, Atoms]] = field(default_factory=list)
 
     def fresh(self, *shape: int) -> Atoms:
         """New atoms, unrelated to any other, in an array of the given shape."""
@@ -46,6 +58,31 @@ class Relations:
             return
         a, b = np.broadcast_arrays(a, b)
         self.equal.append((a.ravel(), b.ravel()))
+
+    def copied(self, atoms: Atoms) -> Atoms:
+        """New atoms for a vector that is gathered from others.
+
+        They live and die with those; but they need not grow with them, since an index can go on
+        reading what it read, and read it twice. So where the store is ``apart``, they do not.
+
+        >>> relations = Relations()
+        >>> a = relations.fresh(2)
+        >>> b = relations.copied(a[[0, 1, 0]])
+        >>> relations.solve().of[b].tolist(), relations.originals(b).tolist()
+        ([0, 1, 0], [0, 1, 0])
+        """
+        new = self.fresh(*atoms.shape)
+        self.copies.append((new, atoms))
+        if not self.apart:
+            self.unify(new, atoms)
+        return new
+
+    def originals(self, atoms: Atoms) -> Atoms:
+        """What atoms are copies of, copies of copies followed to the end; others themselves."""
+        for new, old in reversed(self.copies):
+            inside = (atoms >= new[0]) & (atoms <= new[-1])
+            atoms = np.where(inside, old[np.where(inside, atoms - new[0], 0)], atoms)
+        return atoms
 
     def freeze(self, atoms: Atoms, reason: str) -> None:
         """None of the atoms may go, for a reason in words."""

@@ -13,6 +13,7 @@ import operator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import fx, nn
@@ -137,6 +138,9 @@ class _Edit:
     def alive(self, t: TensorType, dim: int) -> npt.NDArray[Any]:
         return self.how.along(t, dim)
 
+    def order(self, t: TensorType, dim: int) -> npt.NDArray[np.int64]:
+        return self.how.order(t, dim)
+
     def size(self, entry: Any, before: int, after: int) -> Any:
         if before == after:
             return entry
@@ -157,10 +161,14 @@ class _Edit:
         with self.node.graph.inserting_before(self.node):
             return self.node.graph.get_attr(f"_{name}{number}")
 
-    def buffer(self, node: fx.Node, value: torch.Tensor) -> None:
+    def buffer(self, node: fx.Node, value: torch.Tensor) -> fx.Node:
+        readers = [n for n in node.graph.nodes if n.op == "get_attr" and n.target == node.target]
+        if len(readers) > 1 or len(node.users) > 1:
+            return self.constant("order", value)
         path, _, name = str(node.target).rpartition(".")
         owner = attribute(node.graph.owning_module, path) if path else node.graph.owning_module  # type: ignore[arg-type]
         setattr(owner, name, value)
+        return node
 
 
 def _set_shapes(twin: dict[fx.Node, fx.Node], deps: Dependencies, how: Resizing) -> None:

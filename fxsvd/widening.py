@@ -65,11 +65,12 @@ class Widening:
 
     @classmethod
     def by(cls, deps: Dependencies, plan: Plan) -> Widening:
-        """What a plan makes wider.
+        """What a plan makes wider. Its spaces are those of ``deps.growing``.
 
         Raises:
             PlanError: the plan does not fit the network, or narrows some space as well.
         """
+        deps = deps.growing
         counts = np.ones(deps.channels.count, dtype=np.int64)
         rows = np.zeros(deps.channels.count, dtype=bool)
         spaces = {space.name: space for space in deps.spaces}
@@ -126,13 +127,16 @@ class Widening:
 
     def along(self, t: TensorType, dim: int) -> Counts:
         """How often each index of a dimension is there (in the first row, where rows differ)."""
-        counts = np.ones(t.shape[dim], dtype=np.int64)
+        return np.bincount(self.order(t, dim), minlength=t.shape[dim])
+
+    def order(self, t: TensorType, dim: int) -> Atoms:
+        """Which index each of a dimension is a copy of (in the first row, where rows differ)."""
+        order = np.arange(t.shape[dim])
         for block in t.touches((dim,)):
             layout = self.layout(t, block) if self._copies(block) else None
             if layout is not None and layout.dims[-1] == dim:
-                row = layout.source.reshape(-1, layout.source.shape[-1])[0]
-                counts = np.bincount(row, minlength=len(counts))
-        return counts
+                order = layout.source.reshape(-1, layout.source.shape[-1])[0]
+        return order
 
     def shape(self, t: TensorType) -> Shape:
         """The tensor's shape afterwards."""

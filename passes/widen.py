@@ -113,7 +113,7 @@ class Widen:
         Raises:
             PlanError: a name means nothing, a weight is not finite, or there is no batch.
         """
-        option = "ratio" if self.to is None else "to"
+        deps, option = deps.growing, "ratio" if self.to is None else "to"
         numbers, why = wanted_numbers(deps, self._given, self.only, self.ignore, option)
         return self.copying(deps, self._counts(deps, numbers), why)
 
@@ -121,7 +121,7 @@ class Widen:
         """The plan that copies each channel so often, as far as nothing notices.
 
         Args:
-            deps: what ``fxsvd.analyze`` found.
+            deps: what ``fxsvd.analyze`` found, for growth (``deps.growing``).
             counts: by channel, how often it is to be there.
             why: by index of a space, why it stays, as far as that is known.
 

@@ -1,7 +1,7 @@
 """Twelve blocks on CIFAR-10: channels move to where they cost less, against widths that stay.
 
 The network of 2.48 million parameters of *SVD evolutive CNN* (J. Dejaegher, 2021). One run keeps
-its widths. The other, ``--at`` steps after it began, gets twice as many channels inside the first
+its widths. The other, ``--at`` steps after it began, gets up to twice as many channels in the first
 six blocks, where a channel has few parameters, and loses as many inside the others, those that are
 worth least for what they cost (``fxsvd.Balance``), as have to go for ``--budget`` parameters in
 all. Should that cost accuracy, it is undone and tried again as many steps later. Both take as many
@@ -25,7 +25,13 @@ from fxsvd.passes import Widen
 BATCHES = 4  # of labelled images
 CONSTANT = 0.5  # share of the steps before the rate falls
 KEEP = 100  # steps; what was killed goes on from the last that was kept in WORK
-EARLY = tuple(f"blocks.{block}.one" for block in range(6))
+WIDER = {
+    "blocks.[123].one": 64,
+    "blocks.0.two": 64,  # and block 1, which writes to the same channels
+    "blocks.[23].two": 96,
+    "blocks.[45].two": 112,
+}
+STAY = ("blocks.*.two", *(f"blocks.{block}.one" for block in range(6)))
 
 
 def main() -> None:
@@ -33,7 +39,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=2800, help="batches of 64 images")
     parser.add_argument("--at", type=int, default=50, help="the step of the resize")
-    parser.add_argument("--ratio", type=float, default=1.0, help="of new channels, early blocks")
     parser.add_argument("--budget", type=int, default=2_190_000, help="parameters, at most")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--first-seed", type=int, default=0)
@@ -47,7 +52,7 @@ def main() -> None:
 
 def _one(kind: str, seed: int, options: argparse.Namespace) -> None:
     run = Run(TASKS["cifar10"], options.data, options.work, seed=seed)
-    moved = (options.at, options.ratio, options.budget) if kind == "evolved" else ()
+    moved = (options.at, options.budget) if kind == "evolved" else ()
     name = "-".join(map(str, (kind, seed, options.steps, *moved)))
     kept = options.work / f"evolve-cifar-{name}.pt"
     if kept.exists():
@@ -72,11 +77,11 @@ def _one(kind: str, seed: int, options: argparse.Namespace) -> None:
 def _resize(run: Run, options: argparse.Namespace, half: int) -> None:
     """Widen the early blocks, once, and bring those behind them within the budget."""
     if run.steps == options.at:
-        print(run.evolver.resize(Widen(ratio=options.ratio, only=EARLY), step=run.steps))
+        print(run.evolver.resize(Widen(to=WIDER), step=run.steps))
     if run.size > options.budget:
         batches = [run.batch() for _ in range(BATCHES)]
         rate = (half - run.steps) * run.task.rate
-        balance = fxsvd.Balance(options.budget, F.cross_entropy, batches, rate=rate, ignore=EARLY)
+        balance = fxsvd.Balance(options.budget, F.cross_entropy, batches, rate=rate, ignore=STAY)
         for step in balance(run.evolver.model, run.steps):
             print(run.evolver.resize(step, step=run.steps))
         spaces = fxsvd.analyze(run.evolver.model).spaces

@@ -36,7 +36,7 @@ def take(relations: Relations, t: TensorType, dim: int, index: Atoms, reason: st
 
 def _keep_some(relations: Relations, block: Block, dim: int, atoms: Atoms, reason: str) -> None:
     """Of what is taken of a living row, something lives."""
-    if set(block.atoms.flat) == set(atoms.flat):
+    if set(relations.originals(block.atoms).flat) == set(relations.originals(atoms).flat):
         return
     axis = block.dims.index(dim)
     rows = relations.fresh(*block.atoms.shape[:axis])

@@ -108,7 +108,7 @@ def _values(
             f"{type(options).__name__} changes channels that were there, so an average cannot "
             "follow: take it out of evolver.averages, and begin another after the resize"
         )
-    return options.copying(own, how.counts, {}).values
+    return options.copying(own.growing, how.counts, {}).values
 
 
 def _only_copies(before: Dependencies, how: Widening, assign: Assign) -> bool:

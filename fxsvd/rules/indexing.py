@@ -182,7 +182,7 @@ def _mend_part(edit: Edit, source: TensorType, dim: int, part: Any) -> Any:
     if isinstance(part, int):
         return int(alive[: dimension(part, len(alive))].sum())
     if isinstance(part, fx.Node):
-        mend_buffer(edit, part, alive)
+        return mend_buffer(edit, part, alive)
     return part
 
 
@@ -195,12 +195,12 @@ def mend_slice(alive: Any, part: slice) -> slice:
     return slice(new_start, new_stop, part.step)
 
 
-def mend_buffer(edit: Edit, node: fx.Node, alive: Any) -> None:
+def mend_buffer(edit: Edit, node: fx.Node, alive: Any) -> fx.Node:
     """A constant index: entries that are kept, renumbered."""
     value = buffer_of(node)
     assert value is not None  # its rule read it
     kept = renumbered(alive, value.detach().cpu().numpy())
-    edit.buffer(node, torch.as_tensor(kept, dtype=value.dtype, device=value.device))
+    return edit.buffer(node, torch.as_tensor(kept, dtype=value.dtype, device=value.device))
 
 
 @rule(*spellings("select"))
@@ -245,20 +245,3 @@ def unbind(call: Call, input: TensorType, dim: int = 0) -> tuple[TensorType, ...
     """Every index of a dimension by itself."""
     dim = dimension(dim, len(input.shape))
     return tuple(_one(call, input, dim, i) for i in range(input.shape[dim]))
-
-
-@rule(*spellings("index_select"))
-def index_select(call: Call, input: TensorType, dim: int, index: Any) -> TensorType:
-    """Indices by a tensor."""
-    out, _ = _gather(call, input, dimension(dim, len(input.shape)), index)
-    return out
-
-
-@literals(*spellings("index_select"))
-def index_select_literals(edit: Edit) -> None:
-    """A constant index is renumbered."""
-    first, dim, index = edit.node.args
-    source = edit.type_of(first)
-    alive = edit.alive(source, dimension(dim, len(source.shape)))
-    if not stays(alive) and isinstance(index, fx.Node):
-        mend_buffer(edit, index, alive)

@@ -144,36 +144,6 @@ def expand_literals(edit: Edit) -> None:
     )
 
 
-@rule(*spellings("repeat", "tile"))
-def repeat(call: Call, input: TensorType, *repeats: Any, **kwargs: Any) -> TensorType:
-    """Copies side by side; a single value made many is free to go."""
-    times = flat(repeats) if repeats else next(iter(kwargs.values()))
-    for _ in range(len(call.out) - len(input.shape)):
-        input = insert(input, 0)
-    times = (1,) * (len(call.out) - len(times)) + tuple(times)
-    if not input.blocks:
-        return TensorType(tuple(call.out), free_blocks(call, input.shape, times))
-    for dim, n in enumerate(times):
-        if n > 1:
-            index = np.tile(np.arange(input.shape[dim]), n)
-            input = take(call.relations, input, dim, index, f"`{call.label}`")
-    return input
-
-
-@literals(*spellings("repeat"))
-def repeat_literals(edit: Edit) -> None:
-    """How often follows the result where a single value is made many."""
-    first, *rest = edit.node.args
-    source = edit.type_of(first)
-    before = (1,) * (len(edit.out.shape) - len(source.shape)) + tuple(source.shape)
-    after = edit.shape(edit.out)
-    new = tuple(
-        edit.size(n, edit.out.shape[d], after[d]) if before[d] == 1 else n
-        for d, n in enumerate(flat(tuple(rest)))
-    )
-    edit.node.args = (first, *new)
-
-
 @rule(*spellings("repeat_interleave"))
 def repeat_interleave(
     call: Call, input: TensorType, repeats: Any, dim: int | None = None, **_: Any

@@ -39,14 +39,17 @@ class Edit(Protocol):
     def alive(self, t: TensorType, dim: int) -> npt.NDArray[Any]:
         """How often each index along a dimension is there (of the first row, where rows differ)."""
 
+    def order(self, t: TensorType, dim: int) -> npt.NDArray[np.int64]:
+        """Which index each of a dimension was before, or is a copy of (of the first row)."""
+
     def size(self, entry: Any, before: int, after: int) -> Any:
         """A size written in the graph (a number or a node) mended from ``before`` to ``after``."""
 
     def constant(self, name: str, value: torch.Tensor) -> fx.Node:
         """A new constant of the graph, as a node to be used by the mended one."""
 
-    def buffer(self, node: fx.Node, value: torch.Tensor) -> None:
-        """Replace the value of a constant that a ``get_attr`` node reads."""
+    def buffer(self, node: fx.Node, value: torch.Tensor) -> fx.Node:
+        """A node for another value of the constant that a ``get_attr`` node reads."""
 
 
 Literal = Callable[[Edit], None]

@@ -232,6 +232,55 @@ def permuting_index_buffer() -> nn.Module:
     )
 
 
+@idiom(IMAGE, {"a": (8, 4), "c": (6, 3), **HEAD})
+def tiled_skips() -> nn.Module:
+    """The image's colours tiled to eight channels, and these to twelve: both cut a tile."""
+
+    def run(m: Net, x: Tensor) -> Tensor:
+        x = (x.repeat(1, 3, 1, 1)[:, :8] + m.a(x)).relu()
+        x = torch.tile(x, (1, 2, 1, 1))[:, :12] + m.b(m.c(x).relu())
+        return m.head(x.relu())
+
+    return Net(run, a=conv(3, 8), b=conv(6, 12), c=conv(8, 6), head=head(12))
+
+
+@idiom(VECTOR, {"a": (8, 4), **OUT})
+def tile_that_nobody_writes() -> nn.Module:
+    def run(m: Net, x: Tensor) -> Tensor:
+        return m.out(m.a(x).relu().repeat(1, 3)[:, 4:20])
+
+    return Net(run, a=nn.Linear(7, 8), out=nn.Linear(16, 3))
+
+
+@idiom(VECTOR, {"a": (8, 4), "b": (6, 3), **OUT})
+def indices_that_come_again() -> nn.Module:
+    """Of an input, and of channels."""
+
+    def run(m: Net, x: Tensor) -> Tensor:
+        x = x.index_select(1, m.colours) + m.a(x)
+        return m.out(torch.index_select(x, 1, m.order) + m.c(m.b(x)))
+
+    return Net(
+        run,
+        a=nn.Linear(7, 8),
+        b=nn.Linear(8, 6),
+        c=nn.Linear(6, 10),
+        out=nn.Linear(10, 3),
+        colours=torch.tensor([3, 0, 3, 6, 1, 1, 2, 5]),
+        order=torch.tensor([0, 5, 5, 3, 1, 2, 4, 6, 7, 0]),
+    )
+
+
+@idiom(IMAGE, {"a": (8, 4), **HEAD})
+def tiled_pixels() -> nn.Module:
+    """Nothing of them is free to go, and nothing else is the less so."""
+
+    def run(m: Net, x: Tensor) -> Tensor:
+        return m.head(m.a(x.repeat(1, 1, 1, 2)).relu())
+
+    return Net(run, a=conv(3, 8), head=head(8))
+
+
 @idiom(IMAGE, {"a": (8, 4), **HEAD})
 def shifted_channels() -> nn.Module:
     """A shift network: parts of the channels are rolled along positions."""
