@@ -5,7 +5,7 @@ from fxsvd.calibrate import calibrate
 from fxsvd.capture import capture
 from fxsvd.compile import apply, compile, plan
 from fxsvd.data.statistics import Statistics
-from fxsvd.dependency import Dependencies, Space, analyze
+from fxsvd.dependency import Dependencies, analyze
 from fxsvd.edits import Assign, Estimate, Left, Part, Plan, Remap, Skip, Substitute
 from fxsvd.errors import CaptureError, FxsvdError, PlanError, VerificationError
 from fxsvd.evolve import Evolver
@@ -19,6 +19,7 @@ from fxsvd.layers import register_layer
 from fxsvd.measure import Site
 from fxsvd.report import Report
 from fxsvd.rules import register_rule
+from fxsvd.spaces import Space
 from fxsvd.verify import mask, verify
 
 __all__ = [

@@ -238,7 +238,7 @@ def _space_rows(deps: Dependencies, whole: Plan) -> tuple[SpaceRow, ...]:
             s.layers,
             "" if s.name in kept else why.get(s.name, ""),
         )
-        for s in deps.spaces
+        for s in (deps.growing if whole.widens else deps).spaces
     )
 
 

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from fxsvd.analysis import Site
 from fxsvd.constants import constant_inputs
-from fxsvd.dependency import Dependencies, layer_name
+from fxsvd.dependency import Dependencies
 from fxsvd.edits import Assign
 from fxsvd.layers import CONVOLUTIONS
 from fxsvd.nests import flatten
 from fxsvd.rules import RULES, attention, contraction
 from fxsvd.rules.normalization import group_norm, layer_norm
 from fxsvd.rules.reduction import over_survivors, total
+from fxsvd.spaces import layer_name
 
 Mask = npt.NDArray[np.bool_]
 STATISTICS = (over_survivors, total, layer_norm, group_norm)

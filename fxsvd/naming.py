@@ -9,8 +9,9 @@ from typing import TypeVar
 
 from torch import fx, nn
 
-from fxsvd.dependency import Dependencies, Space, layer_name
+from fxsvd.dependency import Dependencies
 from fxsvd.errors import PlanError
+from fxsvd.spaces import Space, layer_name
 
 Name = str | nn.Module
 Names = Name | Collection[Name]

@@ -12,10 +12,11 @@ from torch import nn
 
 from fxsvd.analysis import Parameter
 from fxsvd.axes import Block, Shape, TensorType
-from fxsvd.dependency import Dependencies, Space
+from fxsvd.dependency import Dependencies
 from fxsvd.edits import Plan, Remap
 from fxsvd.errors import PlanError
 from fxsvd.relations import Atoms
+from fxsvd.spaces import Space
 
 Mask = npt.NDArray[np.bool_]
 

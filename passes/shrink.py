@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fxsvd.data.batches import Data
 from fxsvd.data.readers import Reader, readers
-from fxsvd.dependency import Dependencies, Space
+from fxsvd.dependency import Dependencies
 from fxsvd.edits import Assign, Plan
 from fxsvd.importance import Scores, require_numbers
 from fxsvd.linalg.interpolation import fit_rows, pivoted_qr
@@ -27,6 +27,7 @@ from fxsvd.progress import Say, quiet
 from fxsvd.rotating.bases import mixed
 from fxsvd.rotating.edges import places, stand_evenly
 from fxsvd.selecting.fit import Mask
+from fxsvd.spaces import Space
 from fxsvd.widths import (
     Ratio,
     as_plan,

@@ -167,6 +167,7 @@ class Balance:
 
     def _promised(self, deps: Dependencies) -> list[Promise]:
         """New channels, the most promising first."""
+        deps = deps.growing
         may, now = self._may(deps), size_of(deps, self.measure)
         out = []
         for i, space in enumerate(deps.spaces):

@@ -192,6 +192,7 @@ def widths_of(deps: Dependencies, plan: Plan, undone: bool) -> tuple[Width, ...]
     """
     kept = {} if undone else {edit.space: len(edit.keep) for edit in plan.edits}
     out = []
+    deps = deps.growing if plan.widens else deps
     for space in deps.spaces:
         values = spectrum(deps, space)
         smallest = smallest_share(values, space.width) if len(values) else None

@@ -162,6 +162,7 @@ class Fill:
             data: not needed.
             say: not needed.
         """
+        deps = deps.growing
         live = {space.name: space.width for space in deps.spaces if space.frozen is None}
         order = [name for name in self.spaces if name in live]
 

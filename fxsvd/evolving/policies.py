@@ -9,11 +9,12 @@ from typing import Any, Literal
 from torch import Tensor, fx
 
 from fxsvd.compile import Pass
-from fxsvd.dependency import Space, analyze
+from fxsvd.dependency import analyze
 from fxsvd.errors import PlanError
 from fxsvd.evolving.spectra import spectrum
 from fxsvd.naming import Names, spaces_named
 from fxsvd.passes import Shrink, Widen
+from fxsvd.spaces import Space
 
 
 def require_passes(asked: Any) -> Sequence[Pass]:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from fxsvd.analysis import Site
-from fxsvd.dependency import Dependencies, Space
+from fxsvd.dependency import Dependencies
 from fxsvd.relations import runs
+from fxsvd.spaces import Space
 
 
 def spectrum(deps: Dependencies, space: Space) -> Tensor:

@@ -12,9 +12,10 @@ from torch import Tensor
 from fxsvd.analysis import Parameter
 from fxsvd.axes import TensorType
 from fxsvd.data.readers import Reader, readers
-from fxsvd.dependency import Dependencies, Space
+from fxsvd.dependency import Dependencies
 from fxsvd.edits import Assign
 from fxsvd.relations import Atoms, runs
+from fxsvd.spaces import Space
 from fxsvd.widening import Layout, Widening
 
 

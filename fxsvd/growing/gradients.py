@@ -21,13 +21,14 @@ from torch import Tensor, fx
 
 from fxsvd.axes import TensorType
 from fxsvd.data.gradients import gradients
-from fxsvd.dependency import Dependencies, Space
+from fxsvd.dependency import Dependencies
 from fxsvd.edits import Plan, Remap
 from fxsvd.growing.ends import Ends, new, opened
 from fxsvd.growing.obstacles import obstacles
 from fxsvd.layers import layer_of
 from fxsvd.rewrite import rewrite
 from fxsvd.rules import RULES, normalization
+from fxsvd.spaces import Space
 from fxsvd.widening import Counts, Widening
 
 SILENT = 1e-20
@@ -65,7 +66,7 @@ def prospects(deps: Dependencies, space: Space, loss: Any, data: Iterable[Any]) 
     The network runs in eval mode; over several batches (and ranks) it is the mean.
 
     Args:
-        deps: what ``fxsvd.analyze`` found.
+        deps: what ``fxsvd.analyze`` found, for growth (``deps.growing``).
         space: one of its spaces.
         loss: ``loss(output, target)``, a scalar.
         data: batches ``(inputs, target)``.

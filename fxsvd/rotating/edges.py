@@ -17,10 +17,11 @@ from torch.nn import functional as F
 from fxsvd.analysis import Parameter
 from fxsvd.axes import Block
 from fxsvd.data.readers import Reader, readers
-from fxsvd.dependency import Dependencies, Space
+from fxsvd.dependency import Dependencies
 from fxsvd.nests import flatten
 from fxsvd.relations import Atoms, runs
 from fxsvd.rotating.commuting import why_not
+from fxsvd.spaces import Space
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,9 +16,10 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from fxsvd.data.readers import Reader
-from fxsvd.dependency import Dependencies, Space
+from fxsvd.dependency import Dependencies
 from fxsvd.rotating.commuting import why_not
 from fxsvd.rotating.edges import Walk, bias_name, input_of, is_layer, linear_maps, weight_of
+from fxsvd.spaces import Space
 
 
 @dataclass(frozen=True, eq=False)
