@@ -40,8 +40,8 @@ class Widen:
     """Give spaces more channels without changing what the network computes, to train it further.
 
     Every channel is copied at most as often as another one, those of large weights first; a copy
-    lies beside its original. Streams whose skips tile each other (``repeat``) grow each by itself:
-    what is cut from a tile stays what it was. Where layer or RMS norms run over a residual stream, all that writes
+    lies beside its original. Streams that are tiles of each other (``repeat``) grow one by one; the
+    tile becomes an index then. Where layer or RMS norms run over a residual stream, all that writes
     it is scaled such that they see the variance that they saw (``fxsvd.growing.streams``). Other
     spaces that a norm or statistic runs over can only be split, and only all of them as often.
 

@@ -14,19 +14,9 @@ from torch.nn import functional as F
 import fxsvd
 from fxsvd.evolving.operators import Residual, residual_spectra
 from fxsvd.passes import Prune
+from tests.helpers.nets.base import Net
 
 Run = Callable[[Any, Tensor], Tensor]
-
-
-class Net(nn.Module):
-    def __init__(self, run: Run, **layers: nn.Module) -> None:
-        super().__init__()
-        self.run = run
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run(self, x)
 
 
 def conv(into: int, out: int, size: Any = 3, **options: Any) -> nn.Module:
@@ -56,7 +46,7 @@ def responses(linear: Callable[[Tensor], Tensor], width: int, dims: int) -> Tens
     return torch.linalg.svdvals(y.transpose(0, 1).flatten(1))
 
 
-CASES: dict[str, tuple[Run, dict[str, Callable[[], nn.Module]]]] = {
+CASES: dict[str, tuple[Run, dict[str, Callable[[], Any]]]] = {
     "two 3×3": (
         lambda m, x: x + m.b(F.relu(m.a(x))),
         {"a": lambda: conv(4, 3), "b": lambda: conv(3, 4)},
@@ -100,6 +90,14 @@ CASES: dict[str, tuple[Run, dict[str, Callable[[], nn.Module]]]] = {
     "a skip that tiles": (
         lambda m, x: x.repeat(1, 3, 1, 1)[:, :10] + m.b(F.leaky_relu(m.a(x), 0.1)),
         {"a": lambda: conv(4, 5), "b": lambda: conv(5, 10)},
+    ),
+    "a skip by an index": (
+        lambda m, x: x.index_select(1, m.order) + m.b(F.leaky_relu(m.a(x), 0.1)),
+        {
+            "a": lambda: conv(4, 5),
+            "b": lambda: conv(5, 6),
+            "order": lambda: torch.tensor([3, 0, 0, 1, 2, 3]),
+        },
     ),
 }
 

@@ -21,10 +21,10 @@ INITS = ("orthogonal", "split")
 class Streams(nn.Module):
     """Three features to 8 channels, then to 12: neither is a whole number of tiles."""
 
-    def __init__(self) -> None:
+    def __init__(self, inner: int = 5) -> None:
         super().__init__()
-        self.a, self.b = nn.Linear(3, 8), nn.Linear(8, 5)
-        self.c, self.head = nn.Linear(5, 12), nn.Linear(12, 2)
+        self.a, self.b = nn.Linear(3, 8), nn.Linear(8, inner)
+        self.c, self.head = nn.Linear(inner, 12), nn.Linear(12, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = (x.repeat(1, 3)[:, :8] + self.a(x)).relu()
@@ -151,6 +151,14 @@ def test_an_index_that_two_spaces_share_is_mended_for_each(subscript: bool) -> N
     assert (small.a.out_features, small.b.out_features) == (3, 4)
     wide = widened(net, x, Widen(to={"a": 9, "b": 7}))
     assert (wide(x) - net(x)).abs().max() < 1e-12
+
+
+def test_the_spectral_rule_looks_at_each_stream_that_could_grow() -> None:
+    torch.manual_seed(0)
+    graph = fxsvd.capture(Streams(inner=14), torch.randn(6, 3))
+    policy = fxsvd.Spectral(prune_below=0, grow_above=0, ignore="b")
+    (grow,) = policy(graph, 0)
+    assert grow == Widen(to={"c": 13}, length="smallest")  # `a` has three directions at most
 
 
 def test_training_goes_on_where_it_was_stopped() -> None:

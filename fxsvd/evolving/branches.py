@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
 from torch.nn import functional as F
 
 from fxsvd.data.readers import Reader
@@ -16,6 +17,7 @@ from fxsvd.folding.absorbing import affine, plain_norm
 from fxsvd.layers import layer_of
 from fxsvd.rotating.commuting import PER_SAMPLE
 from fxsvd.rotating.edges import input_of
+from fxsvd.rules.indexing import buffer_of
 from fxsvd.rules.registry import spellings
 
 POINTWISE: frozenset[Any] = frozenset(
@@ -25,7 +27,7 @@ POINTWISE: frozenset[Any] = frozenset(
         *("dropout", "dropout1d", "dropout2d", "dropout3d", "contiguous", "identity"),
     )
 )
-TILES: frozenset[Any] = frozenset([operator.getitem, *spellings("repeat", "tile")])
+TILES: frozenset[Any] = frozenset([operator.getitem, *spellings("repeat", "tile", "index_select")])
 
 
 Step = Callable[[fx.GraphModule, fx.Node], bool]
@@ -47,7 +49,8 @@ def _pointwise(graph: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _skips(graph: fx.GraphModule, node: fx.Node) -> bool:
-    tiles = node.target in TILES and len(node.all_input_nodes) == 1
+    constant = all(n.op == "get_attr" for n in node.all_input_nodes[1:])
+    tiles = node.target in TILES and bool(node.all_input_nodes) and constant
     return _pointwise(graph, node) or (tiles and node.op in ("call_function", "call_method"))
 
 
@@ -55,7 +58,7 @@ def _back(graph: fx.GraphModule, node: fx.Node, step: Step) -> Iterator[fx.Node]
     """The node and those before it, as long as they are steps, and the first that is none."""
     while step(graph, node):
         yield node
-        (node,) = node.all_input_nodes
+        node = node.all_input_nodes[0]
     yield node
 
 
@@ -155,7 +158,7 @@ def _identity(graph: fx.GraphModule, nodes: list[fx.Node], first: Tensor) -> Ten
         if node.target in TILES:
             target: Any = node.target
             run = target if callable(target) else getattr(torch.Tensor, target)
-            x = run(x, *node.args[1:], **node.kwargs)
+            x = run(x, *map_arg(node.args[1:], buffer_of), **map_arg(node.kwargs, buffer_of))
         else:
             x = _times(x, _gain(graph, [node]), 1)
     return x.flatten(1).T

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, fx
 
 from fxsvd.compile import Pass
-from fxsvd.dependency import analyze
+from fxsvd.dependency import Dependencies, analyze
 from fxsvd.errors import PlanError
 from fxsvd.evolving.spectra import spectrum
 from fxsvd.naming import Names, spaces_named
@@ -110,25 +110,38 @@ class Spectral:
     def __call__(self, network: fx.GraphModule, step: int) -> Sequence[Pass]:
         """What the spectra ask for now."""
         deps = analyze(network)
+        told = list(self._told(deps))
+        apart = told if deps.growing is deps else self._told(deps.growing)
+        fewer = {s.name: n for s, values in told if (n := self._fewer(s, values))}
+        going = {layer for s in deps.spaces if s.name in fewer for layer in s.layers}
+        more = {
+            s.name: s.width + max(1, int(self.grow_by * s.width))
+            for s, values in apart
+            if not going & set(s.layers) and self._full(s, values)
+        }
+        out: list[Pass] = [Shrink(ratio=fewer, only=self.only)] if fewer else []
+        return [*out, Widen(to=more, only=self.only, length="smallest")] if more else out
+
+    def _told(self, deps: Dependencies) -> Iterator[tuple[Space, Tensor]]:
+        """Spaces that may change, and their singular values."""
         ignored = spaces_named(deps, self.ignore)
-        fewer: dict[str, float] = {}
-        more: dict[str, int] = {}
         for i, space in enumerate(deps.spaces):
             if space.frozen is None and i not in ignored:
                 values = spectrum(deps, space)
                 if len(values) and not bool(values.isnan().any()):
-                    self._decide(space, values, fewer, more)
-        out: list[Pass] = [Shrink(ratio=fewer, only=self.only)] if fewer else []
-        return [*out, Widen(to=more, only=self.only, length="smallest")] if more else out
+                    yield space, values
 
-    def _decide(
-        self, space: Space, values: Tensor, fewer: dict[str, float], more: dict[str, int]
-    ) -> None:
-        width = space.width
-        whole = float(values.sum()) / (width if self.scale == "width" else 1)
-        missing = width - len(values)  # directions that the writers do not even have
-        small = int((values.flip(0).cumsum(0) < self.prune_below * whole).sum()) + missing
-        if small:
-            fewer[space.name] = min(small, int(self.most * width)) / width
-        elif float(values[-1]) > self.grow_above * whole:
-            more[space.name] = width + max(1, int(self.grow_by * width))
+    def _fewer(self, space: Space, values: Tensor) -> float:
+        """The share of channels that say little."""
+        missing = space.width - len(values)  # directions that the writers do not even have
+        weak = values.flip(0).cumsum(0) < self.prune_below * self._whole(space, values)
+        small = int(weak.sum()) + missing
+        return min(small, int(self.most * space.width)) / space.width
+
+    def _full(self, space: Space, values: Tensor) -> bool:
+        """Whether no direction is missing, and even the weakest says much."""
+        least = self.grow_above * self._whole(space, values)
+        return len(values) == space.width and float(values[-1]) > least
+
+    def _whole(self, space: Space, values: Tensor) -> float:
+        return float(values.sum()) / (space.width if self.scale == "width" else 1)
