@@ -25,6 +25,7 @@ class Relations:
         lengths: rows that keep equal shares, and why.
         rows: those of them that matter; see ``solve``.
         nests: see ``nest``.
+        given: see ``found``.
         apart: whether copies may have other fates than their originals.
         copies: see ``copied``.
 
@@ -43,6 +44,7 @@ class Relations:
     lengths: list[tuple[tuple[Atoms, ...] | Atoms, str]] = field(default_factory=list)
     rows: list[tuple[tuple[Atoms, ...], str]] = field(default_factory=list)
     nests: list[tuple[Atoms, Atoms]] = field(default_factory=list)
+    given: list[Atoms] = field(default_factory=list)
     apart: bool = False
     copies: list[tuple[Atoms, Atoms]] = field(default_factory=list)
 
@@ -58,6 +60,12 @@ class Relations:
             return
         a, b = np.broadcast_arrays(a, b)
         self.equal.append((a.ravel(), b.ravel()))
+
+    def found(self, *shape: int) -> Atoms:
+        """New atoms for values that are there and that no parameter writes."""
+        new = self.fresh(*shape)
+        self.given.append(new)
+        return new
 
     def copied(self, atoms: Atoms) -> Atoms:
         """New atoms for a vector that is gathered from others.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,40 @@ def test_copies_that_nobody_writes_grow_with_their_originals(init: Any) -> None:
     net, x = Alone().double(), torch.randn(5, 3).double()
     wide = widened(net, x, Widen(ratio=1.0, init=init))
     assert (wide.a.out_features, wide.head.in_features) == (8, 12)
+    assert (wide(x) - net(x)).abs().max() < 1e-12
+
+
+class Product(nn.Module):
+    """Channels that are multiplied with what no layer writes."""
+
+    def __init__(self, factor: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.factor = factor
+        self.q, self.k, self.o = nn.Linear(4, 6), nn.Linear(4, 3), nn.Linear(5, 2)
+        self.v = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        k = self.k(x)
+        scores = self.q(x) @ self.factor(torch.cat([k, x], -1)).transpose(1, 2)
+        out: Tensor = self.o(scores) + self.v(k)
+        return out
+
+
+FACTORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels again": lambda x: x[..., :3].repeat(1, 1, 2),
+    "one value": lambda x: x[..., 3:4].repeat(1, 1, 6),
+    "a view of it": lambda x: x[..., 3:4].expand(-1, -1, 6),
+    "a constant": lambda x: x[..., 3:4] * torch.full((6,), 0.5, dtype=x.dtype),
+}
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("name", FACTORS)
+def test_in_products_copies_meet_zeros(name: str, init: Any) -> None:
+    torch.manual_seed(0)
+    net, x = Product(FACTORS[name]).double(), torch.randn(3, 5, 4).double()
+    wide = widened(net, x, Widen(to={"q": 9, "k": 4}, init=init))
+    assert (wide.q.out_features, wide.k.out_features) == (9, 4)
     assert (wide(x) - net(x)).abs().max() < 1e-12
 
 

@@ -40,6 +40,28 @@ def paired(deps: Dependencies) -> Mask:
     return out
 
 
+def given(deps: Dependencies) -> set[int]:
+    """Channels of values that no parameter writes: constants, and what is gathered from others.
+
+    >>> from torch import nn
+    >>> from fxsvd.capture import capture
+    >>> from fxsvd.dependency import analyze
+    >>> class Gate(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.a = nn.Linear(2, 3)
+    ...     def forward(self, x):
+    ...         return (self.a(x) * x[:, :1].expand(-1, 3)).sum(1)
+    >>> deps = analyze(capture(Gate(), torch.zeros(4, 2)))
+    >>> given(deps) == set(deps.spaces[0].channels.tolist())
+    True
+    """
+    relations, of = deps.analysis.relations, deps.channels.of
+    found = [of[atoms] for atoms in relations.given]
+    apart = [(of[new], of[old]) for new, old in relations.copies]
+    return {int(c) for c in np.concatenate([*found, *(a[a != b] for a, b in apart), []])}
+
+
 def norms_behind(deps: Dependencies) -> dict[str, tuple[str, str]]:
     """By the weight of a layer, scale and shift of the batch norm that sees nothing but its output.
 

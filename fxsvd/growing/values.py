@@ -16,7 +16,7 @@ from fxsvd.axes import Block
 from fxsvd.dependency import Dependencies
 from fxsvd.edits import Assign
 from fxsvd.growing.marks import Mark, filled
-from fxsvd.growing.pairs import norms_behind
+from fxsvd.growing.pairs import given, norms_behind
 from fxsvd.growing.rows import Length, orthogonal_rows, shares
 from fxsvd.narrowing import Mask
 from fxsvd.relations import Atoms
@@ -142,8 +142,11 @@ class Growth:
 
     @cached_property
     def _repeated(self) -> dict[str, Mask]:
-        """By producing parameter: the rows of paired channels that are not the first to write."""
-        seen: set[int] = set()
+        """By producing parameter: the rows of paired channels that are not the first to write.
+
+        What no parameter writes is there before any.
+        """
+        seen = given(self.deps)
         return {
             site.tensor: _repeats(self.deps.channels.of[site.atoms].ravel(), self.paired, seen)
             for site in self.deps.analysis.sites

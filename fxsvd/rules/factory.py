@@ -36,7 +36,7 @@ def uniform(call: Call, *args: Any, **kwargs: Any) -> TensorType:
 def _uniform(call: Call, *, zero: bool) -> TensorType:
     literal = _sizes(call.node) if call.node is not None else tuple(call.out)
     blocks = tuple(
-        Block((d,), call.relations.fresh(n), zero)
+        Block((d,), call.relations.found(n), zero)
         for d, (n, written) in enumerate(zip(call.out, literal, strict=True))
         if n > 1 and isinstance(written, int) and n < 1 << 20
     )

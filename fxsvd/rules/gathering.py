@@ -57,7 +57,7 @@ def _gathered(call: Call, t: TensorType, dim: int, index: Atoms) -> TensorType:
     if t.stored or (old is None and (t.touches((dim,)) or not _colours(call, dim))):
         return take(call.relations, t, dim, index, f"`{call.label}`")
     if old is None:
-        new = Block((dim,), call.relations.fresh(len(index)), zero=False)
+        new = Block((dim,), call.relations.found(len(index)), zero=False)
     else:
         (block,) = t.touches((dim,))
         new = replace(block, atoms=call.relations.copied(old[index]))

@@ -117,7 +117,7 @@ def _pad_axis(
         return call.fix(t, (dim,), "pads it")
     atoms = t.vector(dim)
     assert atoms is not None  # unfit otherwise
-    padded = np.concatenate([call.relations.fresh(before), atoms, call.relations.fresh(after)])
+    padded = np.concatenate([call.relations.found(before), atoms, call.relations.found(after)])
     blocks = tuple(replace(b, atoms=padded) if dim in b.dims else b for b in t.blocks)
     return replace(t, blocks=blocks)
 

@@ -120,7 +120,7 @@ def free_blocks(call: Call, shape: Sequence[int], sizes: Sequence[Any]) -> tuple
     """Fresh atoms where a literal size makes one value many."""
     literal = _literal_sizes(call, sizes)
     grown = [d for d, n in enumerate(call.out) if n > 1 and shape[d] == 1 and literal[d]]
-    return tuple(Block((d,), call.relations.fresh(call.out[d]), zero=False) for d in grown)
+    return tuple(Block((d,), call.relations.found(call.out[d]), zero=False) for d in grown)
 
 
 def _literal_sizes(call: Call, sizes: Sequence[Any]) -> list[bool]:
