@@ -24,13 +24,12 @@ from fxsvd.rules.registry import Call, Edit, literals, rule, spellings
 @rule(*spellings("repeat", "tile"))
 def repeat(call: Call, input: TensorType, *repeats: Any, **kwargs: Any) -> TensorType:
     """Copies side by side; a single value made many is free to go."""
-    times = flat(repeats) if repeats else next(iter(kwargs.values()))
+    times = _times(repeats, kwargs, len(call.out))
     tiled = _tiled(input.shape, times)
     if tiled is not None:
         return _gathered(call, input, tiled, _tile(input.shape[tiled], times[tiled]))
     for _ in range(len(call.out) - len(input.shape)):
         input = insert(input, 0)
-    times = (1,) * (len(call.out) - len(times)) + tuple(times)
     if not input.blocks:
         return TensorType(tuple(call.out), free_blocks(call, input.shape, times))
     for dim, n in enumerate(times):
@@ -38,6 +37,12 @@ def repeat(call: Call, input: TensorType, *repeats: Any, **kwargs: Any) -> Tenso
             index = _tile(input.shape[dim], n)
             input = take(call.relations, input, dim, index, f"`{call.label}`")
     return input
+
+
+def _times(repeats: tuple[Any, ...], kwargs: dict[str, Any], rank: int) -> tuple[Any, ...]:
+    """How often each dimension of the result is there."""
+    times = flat(repeats) if repeats else tuple(next(iter(kwargs.values())))
+    return (1,) * (rank - len(times)) + times
 
 
 def _tiled(shape: Sequence[int], times: Sequence[Any]) -> int | None:
@@ -54,7 +59,7 @@ def _tile(size: int, times: int) -> Atoms:
 def _gathered(call: Call, t: TensorType, dim: int, index: Atoms) -> TensorType:
     """Indices of a dimension, where they are not tied more closely."""
     old = t.vector(dim)
-    if t.stored or (old is None and (t.touches((dim,)) or not _colours(call, dim))):
+    if t.stored or (old is None and not _colours(call, t, dim)):
         return take(call.relations, t, dim, index, f"`{call.label}`")
     if old is None:
         new = Block((dim,), call.relations.found(len(index)), zero=False)
@@ -65,23 +70,26 @@ def _gathered(call: Call, t: TensorType, dim: int, index: Atoms) -> TensorType:
     return TensorType(shape, (*(b for b in t.blocks if dim not in b.dims), new))
 
 
-def _colours(call: Call, dim: int) -> bool:
-    """Whether a fixed dimension is one of channels: those of pixels are better left alone."""
-    source = call.node.all_input_nodes[0].meta["val"] if call.node is not None else None
-    return dim == 1 and (source is None or isinstance(source.shape[dim], int))
+def _colours(call: Call, t: TensorType, dim: int) -> bool:
+    """Whether it is the channels of vectors or images, all fixed; elsewhere it may be tokens."""
+    value = call.node.all_input_nodes[0].meta["val"] if call.node is not None else None
+    numbers = value is None or (value.is_floating_point() and isinstance(value.shape[dim], int))
+    return dim == 1 and len(t.shape) in (2, 4) and not t.blocks and numbers
 
 
 @literals(*spellings("repeat", "tile"))
 def repeat_literals(edit: Edit) -> None:
     """How often follows the result, where one value is made many; a tile may become an index."""
     first, *rest = edit.node.args
-    source, times = edit.type_of(first), flat(tuple(rest))
+    source = edit.type_of(first)
+    times = _times(tuple(rest), edit.node.kwargs, len(edit.out.shape))
     tiled = _tiled(source.shape, times)
     if tiled is not None:
         index = _mended(edit, source, tiled, _tile(source.shape[tiled], times[tiled]))
         if not np.array_equal(index, _tile(edit.shape(source)[tiled], times[tiled])):
             edit.node.op, edit.node.target = "call_method", "index_select"
-            edit.node.args = (first, tiled, edit.constant("order", torch.from_numpy(index)))
+            order = edit.constant("order", torch.from_numpy(index))
+            edit.node.args, edit.node.kwargs = (first, tiled, order), {}
         return
     before = (1,) * (len(edit.out.shape) - len(source.shape)) + tuple(source.shape)
     after = edit.shape(edit.out)
@@ -89,7 +97,7 @@ def repeat_literals(edit: Edit) -> None:
         edit.size(n, edit.out.shape[d], after[d]) if before[d] == 1 else n
         for d, n in enumerate(times)
     )
-    edit.node.args = (first, *new)
+    edit.node.args, edit.node.kwargs = (first, new), {}
 
 
 @rule(*spellings("index_select"))
@@ -105,7 +113,8 @@ def index_select(call: Call, input: TensorType, dim: int, index: Any) -> TensorT
 @literals(*spellings("index_select"))
 def index_select_literals(edit: Edit) -> None:
     """A constant index is renumbered."""
-    first, dim, index = edit.node.args
+    given = dict(zip(("input", "dim", "index"), edit.node.args, strict=False)) | edit.node.kwargs
+    first, dim, index = given["input"], given["dim"], given["index"]
     known = buffer_of(index)
     if known is None:
         return
@@ -113,7 +122,7 @@ def index_select_literals(edit: Edit) -> None:
     after = _mended(edit, source, dimension(dim, len(source.shape)), before)
     if not np.array_equal(before, after):
         value = torch.as_tensor(after, dtype=known.dtype, device=known.device)
-        edit.node.args = (first, dim, edit.buffer(index, value))
+        edit.node.args, edit.node.kwargs = (first, dim, edit.buffer(index, value)), {}
 
 
 def _mended(edit: Edit, source: TensorType, dim: int, index: Atoms) -> Atoms:

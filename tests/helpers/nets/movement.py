@@ -271,9 +271,26 @@ def indices_that_come_again() -> nn.Module:
     )
 
 
+@idiom(SEQUENCE, {"a": (8, 4), **OUT})
+def tiled_tokens() -> nn.Module:
+    """Nothing of them is free to go, and nothing else is the less so; pixels neither."""
+
+    def run(m: Net, x: Tensor) -> Tensor:
+        return m.out(m.a(x.repeat(1, 2, 1)).relu().flatten(1))
+
+    return Net(run, a=nn.Linear(5, 8), out=nn.Linear(96, 3))
+
+
+@idiom(VECTOR, {"a": (10, 5), **OUT})
+def tile_by_keyword() -> nn.Module:
+    def run(m: Net, x: Tensor) -> Tensor:
+        return m.out((torch.tile(x, dims=(2,))[:, :10] + m.a(x)).relu())
+
+    return Net(run, a=nn.Linear(7, 10), out=nn.Linear(10, 3))
+
+
 @idiom(IMAGE, {"a": (8, 4), **HEAD})
 def tiled_pixels() -> nn.Module:
-    """Nothing of them is free to go, and nothing else is the less so."""
 
     def run(m: Net, x: Tensor) -> Tensor:
         return m.head(m.a(x.repeat(1, 1, 1, 2)).relu())
