@@ -67,9 +67,10 @@ class Dependencies:
         [[('0.b', 4), ('0.a', 5), ('1.a', 5)], [('0.b', 4), ('0.a', 5), ('1.b', 8), ('1.a', 5)]]
         """
         relations = self.analysis.relations
-        if relations.apart or not relations.copies:
+        if relations.growing or not relations.copies:
             return self
-        analysis = Analysis(self.analysis.graph, Relations(apart=True)).run()
+        analysis = Analysis(self.analysis.graph, Relations(growing=True)).run()
+        assert analysis.relations.count == relations.count  # types of one are types of the other
         _tie_copies(analysis)
         return _solved(analysis)
 
@@ -111,7 +112,8 @@ def _solved(analysis: Analysis) -> Dependencies:
     channels, signature, groups = _coupled(analysis)
     while _tie_rows(analysis, channels, groups):
         channels, signature, groups = _coupled(analysis)
-    groups, reasons = _freeze_groups(groups, channels, _counts_rows(analysis, channels))
+    least = 1 if analysis.relations.growing else 2
+    groups, reasons = _freeze_groups(groups, channels, _counts_rows(analysis, channels), least)
     signature[[c for c in reasons if c not in channels.reasons]] += np.uint64(1)
     spaces, space_of = spaces_of(analysis, channels, signature, reasons)
     wanted = [g for g in groups if (space_of[g.channels] >= 0).all()]
@@ -182,9 +184,9 @@ def _counts_rows(analysis: Analysis, channels: Channels) -> npt.NDArray[np.bool_
 
 
 def _freeze_groups(
-    groups: list[Group], channels: Channels, rows: npt.NDArray[np.bool_]
+    groups: list[Group], channels: Channels, rows: npt.NDArray[np.bool_], least: int
 ) -> tuple[list[Group], dict[int, str]]:
-    """A group with a frozen channel is frozen whole, as is one that cannot take equal steps."""
+    """A group with a frozen channel is frozen whole, as is one of fewer equal steps than needed."""
     reasons = dict(channels.reasons)
     live = []
     for group in groups:
@@ -192,7 +194,7 @@ def _freeze_groups(
         why = next((reasons[c] for c in members if c in reasons), None)
         if why is None and rows[group.channels].any():
             why = "it counts rows of channels (heads, groups) and follows whole ones"
-        if why is None and group.steps > 1:
+        if why is None and group.steps >= least:
             live.append(group)
             continue
         for channel in members:

@@ -26,7 +26,7 @@ class Relations:
         rows: those of them that matter; see ``solve``.
         nests: see ``nest``.
         given: see ``found``.
-        apart: whether copies may have other fates than their originals.
+        growing: whether channels only come: then copies may have other fates than their originals.
         copies: see ``copied``.
 
     >>> relations = Relations()
@@ -45,7 +45,7 @@ class Relations:
     rows: list[tuple[tuple[Atoms, ...], str]] = field(default_factory=list)
     nests: list[tuple[Atoms, Atoms]] = field(default_factory=list)
     given: list[Atoms] = field(default_factory=list)
-    apart: bool = False
+    growing: bool = False
     copies: list[tuple[Atoms, Atoms]] = field(default_factory=list)
 
     def fresh(self, *shape: int) -> Atoms:
@@ -71,7 +71,7 @@ class Relations:
         """New atoms for a vector that is gathered from others.
 
         They live and die with those; but they need not grow with them, since an index can go on
-        reading what it read, and read it twice. So where the store is ``apart``, they do not.
+        reading what it read, and read it twice. So where the store is for growth, they do not.
 
         >>> relations = Relations()
         >>> a = relations.fresh(2)
@@ -81,7 +81,7 @@ class Relations:
         """
         new = self.fresh(*atoms.shape)
         self.copies.append((new, atoms))
-        if not self.apart:
+        if not self.growing:
             self.unify(new, atoms)
         return new
 

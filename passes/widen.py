@@ -9,6 +9,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
+from fxsvd.coupling import Scores
 from fxsvd.data.batches import Data
 from fxsvd.dependency import Dependencies
 from fxsvd.edits import Plan
@@ -114,9 +115,12 @@ class Widen:
         Raises:
             PlanError: a name means nothing, a weight is not finite, or there is no batch.
         """
-        deps, option = deps.growing, "ratio" if self.to is None else "to"
+        whole, deps = deps, deps.growing
+        option = "ratio" if self.to is None else "to"
         numbers, why = wanted_numbers(deps, self._given, self.only, self.ignore, option)
-        return self.copying(deps, self._counts(deps, numbers), why)
+        # Streams that are tiles of each other prefer the same channels: new ones run through them.
+        scores = -magnitude(whole, 2)[_behind(whole, deps)]
+        return self.copying(deps, self._counts(deps, numbers, scores), why)
 
     def copying(self, deps: Dependencies, counts: Counts, why: dict[int, str]) -> Plan:
         """The plan that copies each channel so often, as far as nothing notices.
@@ -177,12 +181,11 @@ class Widen:
         """By channel, itself, or the first of a head that is copied whole."""
         return whole_heads(deps, np.full(deps.channels.count, self.heads))
 
-    def _counts(self, deps: Dependencies, numbers: np.ndarray) -> Counts:
+    def _counts(self, deps: Dependencies, numbers: Scores, scores: Scores) -> Counts:
         """How often each channel is to be there."""
         counts = np.ones(deps.channels.count, dtype=np.int64)
         have = np.array([space.width for space in deps.spaces] + [1])
         more = numbers if self.to is None else np.maximum(numbers / have - 1, 0) * (numbers > 0)
-        scores = -magnitude(deps, 2)
         for group in by_heads(deps) if self.heads else deps.groups:
             steps = group.ranked(scores)
             extra = int(float(more[deps.space_of[group.channels]].min()) * len(steps) + 0.5)
@@ -190,6 +193,13 @@ class Widen:
             for channels in steps[: extra % len(steps)]:
                 counts[channels] += 1
         return counts
+
+
+def _behind(whole: Dependencies, deps: Dependencies) -> Atoms:
+    """By channel that grows by itself, the channel that it is narrowed with."""
+    out: Atoms = np.zeros(deps.channels.count, dtype=np.int64)
+    out[deps.channels.of] = whole.channels.of
+    return out
 
 
 def _more(counts: Counts, found: Prospects) -> int:

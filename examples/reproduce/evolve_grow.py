@@ -1,7 +1,7 @@
 """A network that is too small grows while it trains, against one that has its final size at once.
 
 MNIST, the six blocks of *SVD evolutive CNN* (J. Dejaegher, 2021) with two or three channels each.
-Every growth adds half as many channels again (the last one 30 %) and computes what the network
+Every growth adds half as many channels again (the last one a quarter) and computes what the network
 did before. A network that has the widths that come of it from its first step trains for as many
 multiply-accumulates in all. Both have the same rate over their own time. The test set is looked at
 once for each of the two.
@@ -20,7 +20,7 @@ from fxsvd import cost
 from fxsvd.passes import Widen
 
 SMALL: Widths = ((1, 2, 2), (2, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 2), (2, 2, 2))
-RATIOS = (0.5, 0.5, 0.3)
+RATIOS = (0.5, 0.5, 0.25)
 
 
 def main() -> None:

@@ -36,10 +36,13 @@ def take(relations: Relations, t: TensorType, dim: int, index: Atoms, reason: st
 
 def _keep_some(relations: Relations, block: Block, dim: int, atoms: Atoms, reason: str) -> None:
     """Of what is taken of a living row, something lives."""
-    if set(relations.originals(block.atoms).flat) == set(relations.originals(atoms).flat):
+    there, taken = (set(relations.originals(a).flat) for a in (block.atoms, atoms))
+    if there == taken:
         return
     axis = block.dims.index(dim)
     rows = relations.fresh(*block.atoms.shape[:axis])
+    if relations.growing:
+        return
     relations.nest(rows, atoms)
     if axis:
         relations.nest(rows, block.atoms)
