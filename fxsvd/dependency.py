@@ -74,6 +74,16 @@ class Dependencies:
         _tie_copies(analysis)
         return _solved(analysis)
 
+    def within(self, whole: Dependencies) -> Atoms:
+        """By channel, the one that it is (a part of) in another analysis of the same graph.
+
+        Args:
+            whole: what has this one as its ``growing``, or this one.
+        """
+        out: Atoms = np.zeros(self.channels.count, dtype=np.int64)
+        out[self.channels.of] = whole.channels.of
+        return out
+
     def space(self, name: str) -> Space:
         """The space of that name.
 

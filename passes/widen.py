@@ -119,7 +119,7 @@ class Widen:
         option = "ratio" if self.to is None else "to"
         numbers, why = wanted_numbers(deps, self._given, self.only, self.ignore, option)
         # Streams that are tiles of each other prefer the same channels: new ones run through them.
-        scores = -magnitude(whole, 2)[_behind(whole, deps)]
+        scores = -magnitude(whole, 2)[deps.within(whole)]
         return self.copying(deps, self._counts(deps, numbers, scores), why)
 
     def copying(self, deps: Dependencies, counts: Counts, why: dict[int, str]) -> Plan:
@@ -193,13 +193,6 @@ class Widen:
             for channels in steps[: extra % len(steps)]:
                 counts[channels] += 1
         return counts
-
-
-def _behind(whole: Dependencies, deps: Dependencies) -> Atoms:
-    """By channel that grows by itself, the channel that it is narrowed with."""
-    out: Atoms = np.zeros(deps.channels.count, dtype=np.int64)
-    out[deps.channels.of] = whole.channels.of
-    return out
 
 
 def _more(counts: Counts, found: Prospects) -> int:

@@ -17,7 +17,7 @@ import fxsvd
 from fxsvd.edits import Plan, Remap
 from fxsvd.errors import PlanError
 from fxsvd.evolving.spectra import spectrum
-from fxsvd.passes import Factorize, Prune, Select, Widen
+from fxsvd.passes import Factorize, Prune, Select, Shrink, Widen
 from tests.helpers.evolving import Residual, batch, made, train
 
 
@@ -130,6 +130,29 @@ def test_widths_follow_the_spectrum(values: Any, options: Any, width: int) -> No
     evolver.step(1)
     assert evolver.model.get_submodule("0").out_features == width
     assert len(evolver.history) == (width != 5)
+
+
+class Halves(nn.Module):
+    """A layer whose two halves go their own ways."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        (a, _, b), (c, _, d) = first, second
+        self.a, self.b, self.d = nn.Linear(8, 10).to(a.weight), b, d
+        with torch.no_grad():
+            self.a.weight.copy_(torch.cat([a.weight, c.weight]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.a(x).relu().chunk(2, 1)
+        return self.b(first) + self.d(second)
+
+
+def test_one_half_of_a_layer_shrinks_and_the_other_grows() -> None:
+    net = Halves(spectral_net(4, 3, 2, 0.5, 0.01), spectral_net(1, 1, 1, 1, 1))
+    policy = fxsvd.Spectral(prune_below=0.01, grow_above=0.1)
+    shrink, grow = policy(fxsvd.capture(net, torch.randn(4, 8).double()), 0)
+    assert shrink == Shrink(ratio={"a": 0.2})
+    assert grow == Widen(to={"a#2": 6}, length="smallest")
 
 
 def test_a_stream_has_the_spectrum_of_all_its_writers() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import fxsvd
 from fxsvd.passes import Prune, Widen
 from fxsvd.rules.gathering import regathered
+from tests.helpers.nets import randomized
 
 INITS = ("orthogonal", "split")
 
@@ -49,14 +50,6 @@ def widened(net: nn.Module, x: Tensor, *passes: Any) -> Any:
     return fxsvd.compile(net, x, passes=passes, progress=False)
 
 
-def shaken(net: Any) -> Any:
-    """Other numbers everywhere, so that nothing is left out of account because it is zero."""
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.add_(torch.randn_like(parameter))
-    return net
-
-
 # Which channel of what it is tiled from each one holds: as it was, and with a copy beside each.
 FIRST = [i % 3 for i in range(8)]
 SECOND = [i % 8 for i in range(12)]
@@ -76,13 +69,13 @@ def test_each_stream_grows_by_itself(case: str, init: Any) -> None:
     wide = widened(net, x, Widen(to={"a": one, "b": 5, "c": other}, init=init))
     assert (wide.a.out_features, wide.c.out_features) == (one, other)
     assert (wide(x) - net(x)).abs().max() < 1e-12
-    assert (shaken(wide)(x) - by_hand(wide, x, first, second)).abs().max() < 1e-12
+    assert (randomized(wide)(x) - by_hand(wide, x, first, second)).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("init", INITS)
 def test_what_has_grown_is_narrowed_and_grows_again(init: Any) -> None:
     net, x = made()
-    wide = shaken(widened(net, x, Widen(to={"a": 12}, init=init)))
+    wide = randomized(widened(net, x, Widen(to={"a": 12}, init=init)))
     small = widened(wide, x, Prune(0.5))
     again = widened(small, x, Widen(ratio=0.5, init=init))
     assert (again(x) - small(x)).abs().max() < 1e-12
@@ -218,7 +211,7 @@ def test_training_goes_on_where_it_was_stopped() -> None:
 def test_an_index_is_exported(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="needs the onnx extra")
     net, x = made()
-    wide = shaken(widened(net.float(), x.float(), Widen(to={"a": 12, "c": 20, "b": 5})))
+    wide = randomized(widened(net.float(), x.float(), Widen(to={"a": 12, "c": 20, "b": 5})))
     error = fxsvd.export_onnx(wide, tmp_path / "net.onnx", x.float())
     assert error is not None
     assert error < 1e-5

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 from torch import Tensor, fx
 
 from fxsvd.compile import Pass
@@ -110,14 +111,15 @@ class Spectral:
     def __call__(self, network: fx.GraphModule, step: int) -> Sequence[Pass]:
         """What the spectra ask for now."""
         deps = analyze(network)
-        told = list(self._told(deps))
-        apart = told if deps.growing is deps else self._told(deps.growing)
+        told, grown = list(self._told(deps)), deps.growing
+        apart = told if grown is deps else self._told(grown)
         fewer = {s.name: n for s, values in told if (n := self._fewer(s, values))}
-        going = {layer for s in deps.spaces if s.name in fewer for layer in s.layers}
+        shrinks = np.array([space.name in fewer for space in deps.spaces] + [False])
+        going = shrinks[deps.space_of[grown.within(deps)]]  # -1, no space: the last, which stays
         more = {
             s.name: s.width + max(1, int(self.grow_by * s.width))
             for s, values in apart
-            if not going & set(s.layers) and self._full(s, values)
+            if not going[s.channels].any() and self._full(s, values)
         }
         out: list[Pass] = [Shrink(ratio=fewer, only=self.only)] if fewer else []
         return [*out, Widen(to=more, only=self.only, length="smallest")] if more else out

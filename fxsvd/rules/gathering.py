@@ -16,7 +16,13 @@ import torch
 
 from fxsvd.axes import Block, TensorType, dimension, insert, take
 from fxsvd.relations import Atoms
-from fxsvd.rules.indexing import buffer_of, constant_index, getitem
+from fxsvd.rules.indexing import (
+    buffer_of,
+    constant_index,
+    getitem,
+    mend_buffer,
+    numbers_of,
+)
 from fxsvd.rules.movement import flat, free_blocks
 from fxsvd.rules.registry import Call, Edit, literals, rule, spellings
 
@@ -115,14 +121,12 @@ def index_select_literals(edit: Edit) -> None:
     """A constant index is renumbered."""
     given = dict(zip(("input", "dim", "index"), edit.node.args, strict=False)) | edit.node.kwargs
     first, dim, index = given["input"], given["dim"], given["index"]
-    known = buffer_of(index)
-    if known is None:
+    if buffer_of(index) is None:
         return
-    source, before = edit.type_of(first), known.detach().cpu().numpy()
+    source, before = edit.type_of(first), numbers_of(index)
     after = _mended(edit, source, dimension(dim, len(source.shape)), before)
     if not np.array_equal(before, after):
-        value = torch.as_tensor(after, dtype=known.dtype, device=known.device)
-        edit.node.args, edit.node.kwargs = (first, dim, edit.buffer(index, value)), {}
+        edit.node.args, edit.node.kwargs = (first, dim, mend_buffer(edit, index, after)), {}
 
 
 def _mended(edit: Edit, source: TensorType, dim: int, index: Atoms) -> Atoms:

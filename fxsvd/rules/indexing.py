@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from fxsvd.axes import TensorType, dimension, insert, pick, take
+from fxsvd.relations import Atoms
 from fxsvd.rules.elementwise import tensors
 from fxsvd.rules.registry import Call, Edit, literals, renumbered, rule, spellings, stays
 
@@ -182,7 +183,7 @@ def _mend_part(edit: Edit, source: TensorType, dim: int, part: Any) -> Any:
     if isinstance(part, int):
         return int(alive[: dimension(part, len(alive))].sum())
     if isinstance(part, fx.Node):
-        return mend_buffer(edit, part, alive)
+        return mend_buffer(edit, part, renumbered(alive, numbers_of(part)))
     return part
 
 
@@ -195,12 +196,18 @@ def mend_slice(alive: Any, part: slice) -> slice:
     return slice(new_start, new_stop, part.step)
 
 
-def mend_buffer(edit: Edit, node: fx.Node, alive: Any) -> fx.Node:
-    """A constant index: entries that are kept, renumbered."""
+def numbers_of(node: fx.Node) -> Atoms:
+    """A constant index."""
     value = buffer_of(node)
     assert value is not None  # its rule read it
-    kept = renumbered(alive, value.detach().cpu().numpy())
-    return edit.buffer(node, torch.as_tensor(kept, dtype=value.dtype, device=value.device))
+    return value.detach().cpu().numpy()
+
+
+def mend_buffer(edit: Edit, node: fx.Node, index: Atoms) -> fx.Node:
+    """Another index, as a constant of the same kind."""
+    value = buffer_of(node)
+    assert value is not None  # its rule read it
+    return edit.buffer(node, torch.as_tensor(index, dtype=value.dtype, device=value.device))
 
 
 @rule(*spellings("select"))

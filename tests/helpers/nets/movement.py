@@ -273,7 +273,7 @@ def indices_that_come_again() -> nn.Module:
 
 @idiom(SEQUENCE, {"a": (8, 4), **OUT})
 def tiled_tokens() -> nn.Module:
-    """Nothing of them is free to go, and nothing else is the less so; pixels neither."""
+    """Nothing of them is free to go, and nothing else is the less so."""
 
     def run(m: Net, x: Tensor) -> Tensor:
         return m.out(m.a(x.repeat(1, 2, 1)).relu().flatten(1))
@@ -291,7 +291,6 @@ def tile_by_keyword() -> nn.Module:
 
 @idiom(IMAGE, {"a": (8, 4), **HEAD})
 def tiled_pixels() -> nn.Module:
-
     def run(m: Net, x: Tensor) -> Tensor:
         return m.head(m.a(x.repeat(1, 1, 1, 2)).relu())
 
