@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,8 @@ class Space:
     """Channels that live in the same axes of the same parameters.
 
     Attributes:
-        name: the first producer's parameter (with a running number where it writes several spaces).
+        name: the layer of the first producer; with a running number, ``qkv#1``, where that layer
+            writes several spaces, all of which ``qkv`` means.
         channels: the channels' numbers, in the order of the first producer's axis.
         producers: parameter axes that write them.
         consumers: parameter axes that contract them.
@@ -80,14 +82,27 @@ def spaces_of(
     order = np.argsort(kind, kind="stable")
     members = np.split(order, np.flatnonzero(np.diff(kind[order])) + 1)
     space_of = np.full(channels.count, -1, dtype=np.int64)
+    roles = {k: _by_role(sites_of.get(k, [])) for k in np.argsort(first).tolist()}
+    found = {k: by_role for k, by_role in roles.items() if by_role["producer"]}
+    names = _names([by_role["producer"] for by_role in found.values()])
     spaces: list[Space] = []
-    names: dict[str, int] = {}
-    for k in sorted(range(len(first)), key=lambda k: int(first[k])):
-        by_role = _by_role(sites_of.get(k, []))
-        if by_role["producer"]:
-            space_of[members[k]] = len(spaces)
-            spaces.append(_space(members[k], by_role, reasons, names))
+    for (k, by_role), name in zip(found.items(), names, strict=True):
+        space_of[members[k]] = len(spaces)
+        spaces.append(_space(name, members[k], by_role, reasons))
     return tuple(spaces), space_of
+
+
+def _names(producers: Sequence[tuple[Site, ...]]) -> list[str]:
+    """A name per space: its first writer, numbered where that writes several spaces."""
+    writers = [dict.fromkeys(layer_name(site.tensor) for site in sites) for sites in producers]
+    several = Counter(layer for layers in writers for layer in layers)
+    numbers: Counter[str] = Counter()
+    out = []
+    for layers in writers:
+        first = next(iter(layers))
+        numbers[first] += 1
+        out.append(f"{first}#{numbers[first]}" if several[first] > 1 else first)
+    return out
 
 
 def _distinct(kinds: Atoms) -> set[int]:
@@ -104,13 +119,7 @@ def _by_role(sites: list[Site]) -> dict[str, tuple[Site, ...]]:
 
 
 def _space(
-    members: Atoms,
-    sites: dict[str, tuple[Site, ...]],
-    reasons: dict[int, str],
-    names: dict[str, int],
+    name: str, members: Atoms, sites: dict[str, tuple[Site, ...]], reasons: dict[int, str]
 ) -> Space:
-    base = layer_name(sites["producer"][0].tensor)
-    names[base] = names.get(base, 0) + 1
-    name = base if names[base] == 1 else f"{base}#{names[base]}"
     frozen = next((reasons[c] for c in members.tolist() if c in reasons), None)
     return Space(name, members, sites["producer"], sites["consumer"], sites["follower"], frozen)

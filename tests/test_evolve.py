@@ -151,7 +151,7 @@ def test_one_half_of_a_layer_shrinks_and_the_other_grows() -> None:
     net = Halves(spectral_net(4, 3, 2, 0.5, 0.01), spectral_net(1, 1, 1, 1, 1))
     policy = fxsvd.Spectral(prune_below=0.01, grow_above=0.1)
     shrink, grow = policy(fxsvd.capture(net, torch.randn(4, 8).double()), 0)
-    assert shrink == Shrink(ratio={"a": 0.2})
+    assert shrink == Shrink(ratio={"a#1": 0.2})
     assert grow == Widen(to={"a#2": 6}, length="smallest")
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 import fxsvd
+from fxsvd.naming import spaces_named
 from fxsvd.passes import Prune
 from tests.helpers.nets import IDIOMS, call, leaves, randomized, to_double
 from tests.helpers.nets.base import Width
@@ -78,6 +79,13 @@ def test_widths(name: str) -> None:
     assert widths.keys() == expected.keys()
     wrong = {k: (widths[k], expected[k]) for k in widths if not agrees(widths[k], expected[k])}
     assert not wrong
+
+
+def test_the_name_of_a_space_means_that_one_alone(name: str) -> None:
+    whole = fxsvd.analyze(_compiled(name)[1])
+    for deps in (whole, whole.growing):
+        for i, space in enumerate(deps.spaces):
+            assert spaces_named(deps, space.name) == {i}
 
 
 def test_equals_silenced_original(name: str) -> None:

@@ -36,7 +36,7 @@ def merged(y: Tensor) -> Tensor:
 # With a residual, `o` writes the same space as `a`. A query goes with its key.
 QKV = {"a": (8, 4), "q": (8, 4), "v": (8, 4), **OUT}
 QKVO = {**QKV, "o": (8, 4)}
-PACKED = {"a": (8, 4), "qkv": (8, 4), "qkv#2": (8, 4), **OUT}
+PACKED = {"a": (8, 4), "qkv#1": (8, 4), "qkv#2": (8, 4), **OUT}
 PACKED_O = {**PACKED, "o": (8, 4)}
 
 
@@ -209,7 +209,7 @@ def packed_qkv_by_convolution() -> nn.Module:
     )
 
 
-ATTEND = {"a": (8, 4), "attend": (8, 4), "attend#2": (8, 4), **OUT}
+ATTEND = {"a": (8, 4), "attend#1": (8, 4), "attend#2": (8, 4), **OUT}
 
 
 @idiom(SEQUENCE, ATTEND)
@@ -228,7 +228,7 @@ def multihead_attention_self() -> nn.Module:
 
 @idiom(
     several(SEQUENCE, floats(4, 7)),
-    {"a": (8, 4), "attend": (8, 4), "attend#2": (8, 4), "attend.out_proj": (8, 4), **OUT},
+    {"a": (8, 4), "attend#1": (8, 4), "attend#2": (8, 4), "attend.out_proj": (8, 4), **OUT},
 )
 def multihead_attention_cross() -> nn.Module:
     """Sequence first; keys and values come from another stream."""
@@ -284,7 +284,7 @@ def encoder_layer(**options: Any) -> nn.Module:
 
 ENCODER = {
     "a": (8, 4),
-    "block.self_attn": (8, 4),
+    "block.self_attn#1": (8, 4),
     "block.self_attn#2": (8, 4),
     "block.linear1": (12, 6),
     **OUT,
@@ -305,9 +305,9 @@ def transformer_encoder_layer_norm_first() -> nn.Module:
     several(SEQUENCE, floats(4, 5)),
     {
         "a": (8, 4),
-        "block.self_attn": (8, 4),
+        "block.self_attn#1": (8, 4),
         "block.self_attn#2": (8, 4),
-        "block.multihead_attn": (8, 4),
+        "block.multihead_attn#1": (8, 4),
         "block.multihead_attn#2": (8, 4),
         "block.linear1": (12, 6),
         **OUT,

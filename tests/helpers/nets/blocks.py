@@ -280,7 +280,7 @@ def convnext_v2_block() -> nn.Module:
     )
 
 
-SHUFFLED = {"a.0": (2, 1), "a.0#2": (2, 1), "a.0#3": (4, 2), "b.0": (2, 1), "b.0#2": (2, 1)}
+SHUFFLED = {"a.0#1": (2, 1), "a.0#2": (2, 1), "a.0#3": (4, 2), "b.0#1": (2, 1), "b.0#2": (2, 1)}
 
 
 @idiom(IMAGE, {**SHUFFLED, "c.0": (4, 2), **HEAD})
@@ -301,7 +301,7 @@ def shufflenet_v2_block() -> nn.Module:
     return Net(run, a=unit(3, 8), b=unit(4, 4), c=unit(4, 4), head=head(8))
 
 
-@idiom(IMAGE, {"a.0": (4, 2), "a.0#2": (4, 2), "b.0": (4, 2), "d.0": (6, 3), **HEAD})
+@idiom(IMAGE, {"a.0#1": (4, 2), "a.0#2": (4, 2), "b.0": (4, 2), "d.0": (6, 3), **HEAD})
 def c2f_block() -> nn.Module:
     """YOLOv8's: split, bottlenecks one after the other, everything joined."""
 
@@ -325,7 +325,7 @@ def ghost_module() -> nn.Module:
     return Net(run, a=unit(3, 4), cheap=unit(4, 4, groups=4), b=unit(7, 6), head=head(6))
 
 
-@idiom(IMAGE, {"a.0": (4, 2), "a.0#2": (4, 2), "c.0": (4, 2), **HEAD})
+@idiom(IMAGE, {"a.0#1": (4, 2), "a.0#2": (4, 2), "c.0": (4, 2), **HEAD})
 def res2net_block() -> nn.Module:
     """Scales one after the other, each added to the next part."""
 

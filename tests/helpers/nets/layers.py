@@ -519,7 +519,7 @@ def addmm_and_bmm() -> nn.Module:
     {
         "a": (8, 4),
         "gate": (4, "mixes along it"),
-        "experts": (4, "ties it to an axis of fixed width"),
+        "experts#1": (4, "ties it to an axis of fixed width"),
         "experts#2": (12, 6),
         **OUT,
     },

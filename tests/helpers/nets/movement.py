@@ -119,7 +119,7 @@ def stack_and_mean() -> nn.Module:
     return Net(run, **layers, weights=nn.Parameter(torch.zeros(3)), out=nn.Linear(8, 3))
 
 
-@idiom(IMAGE, {"a": (8, 4), "b": (8, 4), **HEAD})
+@idiom(IMAGE, {"a": (8, 4), "b#1": (8, 4), **HEAD})
 def option_a_shortcut() -> nn.Module:
     """ResNet's zero-padded shortcut: what is added is what the padding keeps."""
 
@@ -133,7 +133,7 @@ def option_a_shortcut() -> nn.Module:
 # ---------------------------------------------------------------- splitting
 
 
-@idiom(IMAGE, {"a": (4, 2), "a#2": (4, 2), "b": (4, 2), **HEAD})
+@idiom(IMAGE, {"a#1": (4, 2), "a#2": (4, 2), "b": (4, 2), **HEAD})
 def split_in_two() -> nn.Module:
     def run(m: Net, x: Tensor) -> Tensor:
         left, right = torch.split(m.a(x).relu(), 4, dim=1)
@@ -142,7 +142,7 @@ def split_in_two() -> nn.Module:
     return Net(run, a=conv(3, 8), b=conv(4, 4), head=head(8))
 
 
-@idiom(IMAGE, {"a": (2, 1), "a#2": (6, 3), "a#3": (4, 2), "b": (4, 2), "c": (6, 3), **HEAD})
+@idiom(IMAGE, {"a#1": (2, 1), "a#2": (6, 3), "a#3": (4, 2), "b": (4, 2), "c": (6, 3), **HEAD})
 def split_in_unequal_parts() -> nn.Module:
     def run(m: Net, x: Tensor) -> Tensor:
         p, q, r = m.a(x).relu().split([2, 6, 4], dim=1)
@@ -160,7 +160,7 @@ def chunk_in_three() -> nn.Module:
     return Net(run, a=conv(3, 12), b=conv(4, 6), head=head(6))
 
 
-@idiom(IMAGE, {"a": (3, 1), "a#2": (5, 2), "b": (6, 3), **HEAD})
+@idiom(IMAGE, {"a#1": (3, 1), "a#2": (5, 2), "b": (6, 3), **HEAD})
 def slices_with_literals() -> nn.Module:
     def run(m: Net, x: Tensor) -> Tensor:
         y = m.a(x).relu()
@@ -374,7 +374,7 @@ def space_to_depth_by_slices() -> nn.Module:
 # ---------------------------------------------------------------- writing in place
 
 
-@idiom(IMAGE, {"a": (4, 2), "a#2": (4, 2), **HEAD})
+@idiom(IMAGE, {"a#1": (4, 2), "a#2": (4, 2), **HEAD})
 def slice_written_in_place() -> nn.Module:
     """FasterNet's partial convolution in its forward for inference."""
 

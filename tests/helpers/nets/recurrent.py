@@ -38,19 +38,20 @@ def plain_rnn_without_bias() -> nn.Module:
 
 
 @idiom(
-    SEQUENCE, {"a": (8, 4), "rnn": (6, 3), "rnn#2": (6, 3), "rnn#3": (6, 3), "rnn#4": (6, 3), **OUT}
+    SEQUENCE,
+    {"a": (8, 4), "rnn#1": (6, 3), "rnn#2": (6, 3), "rnn#3": (6, 3), "rnn#4": (6, 3), **OUT},
 )
 def lstm_deep_and_both_ways() -> nn.Module:
     """Layers and directions choose their own features, equally many."""
     return tagger(nn.LSTM(8, 6, 2, bidirectional=True, batch_first=True), 2)
 
 
-@idiom(SEQUENCE, {"a": (8, 4), "rnn": (6, 3), "rnn#2": (6, 3), **OUT})
+@idiom(SEQUENCE, {"a": (8, 4), "rnn#1": (6, 3), "rnn#2": (6, 3), **OUT})
 def gru_both_ways() -> nn.Module:
     return tagger(nn.GRU(8, 6, bidirectional=True, batch_first=True), 2)
 
 
-@idiom(tokens(6), {"words": (8, 4), "rnn": (6, 3), "rnn#2": (6, 3), **OUT})
+@idiom(tokens(6), {"words": (8, 4), "rnn#1": (6, 3), "rnn#2": (6, 3), **OUT})
 def lstm_last_state_sequence_first() -> nn.Module:
     def run(m: Net, x: Tensor) -> Any:
         _, (hidden, _) = m.rnn(m.words(x).transpose(0, 1))

@@ -12,7 +12,7 @@ from tests.helpers.nets.base import IMAGE, OUTPUT, VECTOR, Net, floats, idiom, s
 from tests.helpers.nets.layers import HEAD, OUT, conv, head
 
 
-@idiom(tokens(6), {"words": (11, "looks rows up by number"), "words#2": (8, 4), "b": (12, 6)})
+@idiom(tokens(6), {"words#1": (11, "looks rows up by number"), "words#2": (8, 4), "b": (12, 6)})
 def tied_embedding_and_head() -> nn.Module:
     def run(m: Net, x: Tensor) -> Tensor:
         y = m.words(x)
@@ -25,7 +25,7 @@ def tied_embedding_and_head() -> nn.Module:
     )
 
 
-@idiom(tokens(6), {"words": (11, "looks rows up by number"), "words#2": (8, 4)})
+@idiom(tokens(6), {"words#1": (11, "looks rows up by number"), "words#2": (8, 4)})
 def tied_head_by_function() -> nn.Module:
     def run(m: Net, x: Tensor) -> Tensor:
         return F.linear(torch.tanh(m.words(x)), m.words.weight)

@@ -50,9 +50,9 @@ def hugging_face_bert() -> nn.Module:
 @idiom(
     words,
     {
-        "transformer.wte": (17, "looks rows up by number"),
+        "transformer.wte#1": (17, "looks rows up by number"),
         "transformer.wte#2": (8, 4),
-        "transformer.h.0.attn.c_attn": (8, 4),
+        "transformer.h.0.attn.c_attn#1": (8, 4),
         "transformer.h.0.attn.c_attn#2": (8, 4),
         "transformer.h.0.mlp.c_fc": (32, 16),
     },
