@@ -44,6 +44,8 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--only", choices=["fixed", "evolved"])
     options = data.parse(parser)
+    if not 0 < options.at <= CONSTANT * options.steps:
+        parser.error("--at is a step before the rate falls, that is in the first half of --steps")
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         for kind in ("fixed", "evolved"):
             if options.only in (None, kind):
