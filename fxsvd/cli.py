@@ -167,7 +167,7 @@ def _inspect(arguments: argparse.Namespace, stages: Stages) -> None:
     deps = analyze(graph)
     live = sum(space.frozen is None for space in deps.spaces)
     print(f"{measure(graph)}\n{live} of {len(deps.spaces)} channel spaces can be narrowed\n")
-    print(f"{'space':<40} {'width':>6}  written by -> read by\n{deps}")
+    print(deps)
 
 
 def _load(arguments: argparse.Namespace, stages: Stages) -> tuple[nn.Module, Any]:

@@ -96,10 +96,11 @@ class Dependencies:
         raise KeyError(name)
 
     def __str__(self) -> str:
-        """A line per space, the frozen ones last."""
-        live = [str(s) for s in self.spaces if s.frozen is None]
-        frozen = [str(s) for s in self.spaces if s.frozen is not None]
-        return "\n".join(live + frozen)
+        """A table with a line per space, the frozen ones last."""
+        rows = sorted(self.spaces, key=lambda space: space.frozen is not None)
+        size = max([5, *(len(space.name) for space in rows)])
+        head = f"{'space':<{size}}  {'width':>6}  written by -> read by"
+        return "\n".join([head, *(f"{s.name:<{size}}  {s.width:>6}  {s.flow}" for s in rows)])
 
 
 def analyze(graph: fx.GraphModule) -> Dependencies:

@@ -43,11 +43,16 @@ class Space:
         """The layers (or raw parameters) that produce the space."""
         return tuple(dict.fromkeys(layer_name(site.tensor) for site in self.producers))
 
-    def __str__(self) -> str:
-        """One line: name, width, who writes and reads it, or why it is frozen."""
+    @property
+    def flow(self) -> str:
+        """Who writes and who reads it, and why it is frozen, in words."""
         reads = _shortened([layer_name(s.tensor) for s in self.consumers])
-        line = f"{self.name:<40} {self.width:>6}  {_shortened(self.layers)} -> {reads}"
+        line = f"{_shortened(self.layers)} -> {reads}"
         return f"{line}  [frozen: {self.frozen}]" if self.frozen else line
+
+    def __str__(self) -> str:
+        """One line: name, width and flow."""
+        return f"{self.name}  {self.width}  {self.flow}"
 
 
 def layer_name(parameter: str) -> str:

@@ -50,7 +50,7 @@ def test_reasons_are_in_words(deps):
 
 def test_text_lists_the_frozen_last(deps):
     lines = str(deps).splitlines()
-    assert [line.split()[0] for line in lines] == ["b", "a", "join", "head"]
+    assert [line.split()[0] for line in lines] == ["space", "b", "a", "join", "head"]
     assert lines[-1].endswith("[frozen: it is the network's output]")
 
 
