@@ -41,7 +41,7 @@ class Space:
     @property
     def layers(self) -> tuple[str, ...]:
         """The layers (or raw parameters) that produce the space."""
-        return tuple(dict.fromkeys(layer_name(site.tensor) for site in self.producers))
+        return _layers(self.producers)
 
     @property
     def flow(self) -> str:
@@ -67,6 +67,10 @@ def layer_name(parameter: str) -> str:
         if head and tail.partition("_")[0] in ("weight", "bias", "in", "running")
         else parameter
     )
+
+
+def _layers(sites: Iterable[Site]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(layer_name(site.tensor) for site in sites))
 
 
 def _shortened(names: Iterable[str], most: int = 3) -> str:
@@ -99,12 +103,11 @@ def spaces_of(
 
 def _names(producers: Sequence[tuple[Site, ...]]) -> list[str]:
     """A name per space: its first writer, numbered where that writes several spaces."""
-    writers = [dict.fromkeys(layer_name(site.tensor) for site in sites) for sites in producers]
+    writers = [_layers(sites) for sites in producers]
     several = Counter(layer for layers in writers for layer in layers)
     numbers: Counter[str] = Counter()
     out = []
-    for layers in writers:
-        first = next(iter(layers))
+    for first, *_ in writers:
         numbers[first] += 1
         out.append(f"{first}#{numbers[first]}" if several[first] > 1 else first)
     return out

@@ -41,7 +41,7 @@ def _keep_some(relations: Relations, block: Block, dim: int, atoms: Atoms, reaso
         return
     axis = block.dims.index(dim)
     rows = relations.fresh(*block.atoms.shape[:axis])
-    if relations.growing:
+    if relations.growing:  # nothing goes; numbered all the same, as in the analysis for narrowing
         return
     relations.nest(rows, atoms)
     if axis:
