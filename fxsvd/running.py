@@ -13,6 +13,9 @@ from torch import Tensor, fx, nn
 
 from fxsvd.capture import Switch, normalize_inputs
 
+SCALE = 1e-6
+"""The least size that differences are relative to: what computes zeros differs by rounding."""
+
 
 def double_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Inputs in float64 with at least two samples; constant ones are replaced by seeded noise."""
@@ -123,7 +126,11 @@ def computes_numbers(outputs: Any) -> bool:
 
 
 def difference(actual: Any, expected: Any) -> float:
-    """The largest difference of two nests of tensors, relative to the largest expected value."""
+    """The largest difference of two nests of tensors, relative to the largest expected value.
+
+    >>> difference(torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0]))
+    0.25
+    """
     a, b = leaves(actual), leaves(expected)
     if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
         return float("inf")
@@ -141,7 +148,7 @@ def _distance(x: Tensor, y: Tensor) -> float:
     error = float(torch.where(same, 0.0, x - y).abs().max())
     if not finite.numel() or math.isnan(error):
         return math.inf
-    return error / max(float(finite.abs().max()), 1e-12)
+    return error / max(float(finite.abs().max()), SCALE)
 
 
 def leaves(value: Any) -> list[Tensor]:

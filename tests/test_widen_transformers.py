@@ -196,6 +196,21 @@ def test_a_rectifier_behind_a_norm_does_not_stop_new_channels_from_learning() ->
     assert (wide.get_submodule("0").weight != before["0.weight"]).any(1).all()
 
 
+@pytest.mark.parametrize("name", ["layer", "root mean square"])
+def test_streams_grow_before_a_head_of_zeros(name: str) -> None:
+    layers = nn.Linear(4, 6), NORMS[name](6), nn.Linear(6, 2)
+    net = filled_with_noise(nn.Sequential(*layers))
+    nn.init.zeros_(layers[2].weight)
+    nn.init.zeros_(layers[2].bias)
+    x = torch.randn(9, 4, generator=torch.Generator().manual_seed(3)).double()
+    wide = widened(net, x, ratio=0.5)
+    assert wide(x).abs().max() < 1e-14  # what the norm makes of the mean is no zero to the last bit
+    F.cross_entropy(wide(x), torch.zeros(9, dtype=torch.int64)).backward()
+    new = widen_places(wide, "0")
+    assert new.sum() == 3
+    assert (wide.get_submodule("0").weight.grad[new] != 0).any(1).all()
+
+
 class PostNorm(nn.Module):
     def __init__(self) -> None:
         super().__init__()
