@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
+from collections.abc import Iterator
 from functools import partial
+from itertools import product
 
 import numpy as np
 import torch
 from torch import fx
 from torch.nn import functional as F
 
-from fxsvd.axes import TensorType
+from fxsvd.axes import Block, TensorType
 from fxsvd.dependency import Dependencies
 from fxsvd.layers import BATCH_NORMS
 from fxsvd.narrowing import Mask
+from fxsvd.relations import Atoms
 
+DIVISIONS = ("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_chunk")
 LIKE = ("view_as", "reshape_as", "expand_as")
 PRODUCTS = (torch.matmul, torch.bmm, operator.matmul, torch.baddbmm, torch.einsum, "matmul", "bmm")
 
@@ -31,13 +35,42 @@ def paired(deps: Dependencies) -> Mask:
     np.False_
     """
     out = np.zeros(deps.channels.count, dtype=bool)
-    for node in deps.analysis.types:
-        sides = [t for t in map(deps.analysis.types.get, _operands(node)) if _flows(t)]
-        if len(sides) < 2:
-            continue
-        first, second = (_channels(deps, t) for t in sides[:2])
-        out[np.intersect1d(first, second)] = True
+    for first, second in _factors(deps):
+        out[_common(deps, first, second)] = True
     return out
+
+
+def barred(deps: Dependencies) -> Mask:
+    """By atom, whether no copy of its channel may write anything but zeros there.
+
+    Of two factors one has to be zeros. Zeros that are written do not arrive behind a sigmoid, or a
+    softmax over positions, so there it has to be the other one.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from fxsvd.capture import capture
+    >>> from fxsvd.dependency import analyze
+    >>> class Linearized(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.q, self.k = nn.Linear(2, 3), nn.Linear(2, 3)
+    ...     def forward(self, x):
+    ...         return self.q(x) @ self.k(x).softmax(1).transpose(1, 2)
+    >>> deps = analyze(capture(Linearized(), torch.zeros(1, 4, 2)))
+    >>> writers = deps.spaces[0].producers
+    >>> {site.tensor: bool(barred(deps)[site.atoms].all()) for site in writers}
+    {'q.weight': True, 'k.weight': False}
+    """
+    of = deps.channels.of
+    decided = np.zeros(deps.channels.count, dtype=bool)
+    silent, loud = np.zeros(len(of), dtype=bool), np.zeros(len(of), dtype=bool)
+    for first, second in _factors(deps):
+        if first.zero != second.zero:
+            quiet, other = (first, second) if first.zero else (second, first)
+            decided[_common(deps, quiet, other)] = True
+            silent[quiet.atoms], loud[other.atoms] = True, True
+    barred: Mask = decided[of] & (silent | ~loud)
+    return barred
 
 
 def given(deps: Dependencies) -> set[int]:
@@ -62,8 +95,8 @@ def given(deps: Dependencies) -> set[int]:
     return {int(c) for c in np.concatenate([*found, *(a[a != b] for a, b in apart), []])}
 
 
-def norms_behind(deps: Dependencies) -> dict[str, tuple[str, str]]:
-    """By the weight of a layer, scale and shift of the batch norm that sees nothing but its output.
+def norms_behind(deps: Dependencies) -> dict[str, list[tuple[str, Atoms]]]:
+    """By the weight of a layer, the batch norms that see nothing but its output, and which rows.
 
     Reshapes may lie between. A norm without a scale does not count.
 
@@ -72,27 +105,50 @@ def norms_behind(deps: Dependencies) -> dict[str, tuple[str, str]]:
     >>> from fxsvd.dependency import analyze
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     >>> norms_behind(analyze(capture(net, torch.zeros(2, 2))))
-    {'0.weight': ('1.weight', '1.bias')}
+    {'0.weight': [('1', array([0, 1, 2]))]}
     """
-    graph, sites, of = deps.analysis.graph, deps.analysis.sites, deps.channels.of
+    graph, of = deps.analysis.graph, deps.channels.of
     calls = [n for n in graph.graph.nodes if n.op == "call_module"]
-    times, out = Counter(n.target for n in calls), dict[str, tuple[str, str]]()
-    rows = {s.tensor: of[s.atoms].ravel() for s in sites if s.role != "consumer"}
+    times, out = Counter(n.target for n in calls), dict[str, list[tuple[str, Atoms]]]()
+    atoms = {s.tensor: s.atoms.ravel() for s in deps.analysis.sites if s.role != "consumer"}
     for node in filter(partial(_is_batch_norm, graph), calls):
-        source = _source(node)
-        weight, scale = f"{source.target}.weight", f"{node.target}.weight"
-        alone = times[source.target] == 1 and _is_read_once(source)
-        if alone and {weight, scale} <= rows.keys() and np.array_equal(rows[weight], rows[scale]):
-            out[weight] = scale, f"{node.target}.bias"
+        source, seen = _source(node), _seen(deps, node)
+        if source is None or seen is None or times[source.target] > 1:
+            continue
+        weight, scale = (atoms.get(f"{n.target}.weight") for n in (source, node))
+        if weight is None or scale is None or not np.isin(seen, weight).all():
+            continue
+        if np.array_equal(of[seen], of[scale]):
+            rows = np.searchsorted(weight, seen)
+            out.setdefault(f"{source.target}.weight", []).append((str(node.target), rows))
     return out
 
 
-def _source(node: fx.Node) -> fx.Node:
-    """What a module's input comes from, behind functions that alone read it."""
-    source, functions = node.all_input_nodes[0], ("call_method", "call_function")
-    while source.op in functions and source.all_input_nodes and _is_read_once(source):
-        source = source.all_input_nodes[0]
-    return source
+def _source(node: fx.Node) -> fx.Node | None:
+    """The layer that a module's input comes from, behind functions; None if others read it too."""
+    source = node.all_input_nodes[0]
+    while _is_read_once(source):
+        if source.op not in ("call_method", "call_function") or not source.all_input_nodes:
+            return source
+        part, source = source, source.all_input_nodes[0]
+        if _is_part(part, source):
+            source = source.all_input_nodes[0]
+    return None
+
+
+def _is_part(part: fx.Node, whole: fx.Node) -> bool:
+    """Whether a node is one of the parts that another divides its input into, and they alone."""
+    name = getattr(whole.target, "__name__", whole.target)
+    if name not in DIVISIONS or any(u.target is not operator.getitem for u in whole.users):
+        return False
+    places = [user.args[1] for user in whole.users]
+    return all(isinstance(i, int) for i in places) and places.count(part.args[1]) == 1
+
+
+def _seen(deps: Dependencies, node: fx.Node) -> Atoms | None:
+    """The atoms over which a batch norm runs."""
+    t = deps.analysis.types.get(node.all_input_nodes[0])
+    return t.vector(1) if isinstance(t, TensorType) else None
 
 
 def _is_batch_norm(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -111,10 +167,15 @@ def _operands(node: fx.Node) -> list[fx.Node]:
     return node.all_input_nodes[:2] if known else []
 
 
-def _flows(t: object) -> bool:
-    return isinstance(t, TensorType) and bool(t.blocks) and not t.stored
+def _factors(deps: Dependencies) -> Iterator[tuple[Block, Block]]:
+    """What two activations that are multiplied hold their channels in."""
+    types = deps.analysis.types
+    for node in types:
+        sides = [types.get(operand) for operand in _operands(node)]
+        flowing = [t.blocks for t in sides if isinstance(t, TensorType) and not t.stored]
+        if len(flowing) == 2:
+            yield from product(*flowing)
 
 
-def _channels(deps: Dependencies, t: object) -> np.ndarray:
-    assert isinstance(t, TensorType)
-    return np.concatenate([deps.channels.of[b.atoms.ravel()] for b in t.blocks])
+def _common(deps: Dependencies, first: Block, second: Block) -> Atoms:
+    return np.intersect1d(deps.channels.of[first.atoms], deps.channels.of[second.atoms])

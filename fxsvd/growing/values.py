@@ -16,7 +16,7 @@ from fxsvd.axes import Block
 from fxsvd.dependency import Dependencies
 from fxsvd.edits import Assign
 from fxsvd.growing.marks import Mark, filled
-from fxsvd.growing.pairs import given, norms_behind
+from fxsvd.growing.pairs import barred, given, norms_behind
 from fxsvd.growing.rows import Length, orthogonal_rows, shares
 from fxsvd.narrowing import Mask
 from fxsvd.relations import Atoms
@@ -31,7 +31,7 @@ class Growth:
 
     What reads new channels (consumers) gives them nothing, or a share of what the original had.
     Where two activations are multiplied over the channels (queries and keys), no column can do
-    that: there, all writers but the first write zeros, or the batch norms behind them do.
+    that: there, all writers but one write zeros, or the batch norms behind them do.
 
     Attributes:
         deps: the analysis.
@@ -144,11 +144,12 @@ class Growth:
     def _repeated(self) -> dict[str, Mask]:
         """By producing parameter: the rows of paired channels that are not the first to write.
 
-        What no parameter writes is there before any.
+        What no parameter writes is there before any; what has to be zeros is never the first.
         """
-        seen = given(self.deps)
+        of, seen = self.deps.channels.of, given(self.deps)
+        zeros = barred(self.deps)
         return {
-            site.tensor: _repeats(self.deps.channels.of[site.atoms].ravel(), self.paired, seen)
+            site.tensor: _repeats(of[site.atoms].ravel(), self.paired, zeros[site.atoms], seen)
             for site in self.deps.analysis.sites
             if site.role == "producer"
         }
@@ -157,8 +158,13 @@ class Growth:
     def _silent(self) -> dict[str, Mask]:
         """These rows by what makes them zero: a norm's scale and shift, or the weight itself."""
         again = {name: rows for name, rows in self._repeated.items() if rows.any()}
-        norms = norms_behind(self.deps) if again else {}
-        return {one: rows for name, rows in again.items() for one in norms.get(name, (name,))}
+        norms, out = norms_behind(self.deps) if again else {}, dict[str, Mask]()
+        for name, rows in again.items():
+            out[name] = rows.copy()
+            for norm, seen in norms.get(name, ()):
+                out[f"{norm}.weight"] = out[f"{norm}.bias"] = rows[seen]
+                out[name][seen] = False
+        return out
 
 
 def _weight_of(name: str) -> str:
@@ -167,10 +173,10 @@ def _weight_of(name: str) -> str:
     return f"{head}.{tail.replace('bias', 'weight', 1)}" if head else tail.replace("bias", "weight")
 
 
-def _repeats(channels: Atoms, paired: Mask, seen: set[int]) -> Mask:
-    """Which entries write a paired channel that one before them writes."""
-    out = np.zeros(len(channels), dtype=bool)
-    for i in np.flatnonzero(paired[channels]).tolist():
+def _repeats(channels: Atoms, paired: Mask, zeros: Mask, seen: set[int]) -> Mask:
+    """Which entries write a paired channel that one before them writes, or that has to be zeros."""
+    out = paired[channels] & zeros.ravel()
+    for i in np.flatnonzero(paired[channels] & ~out).tolist():
         out[i] = int(channels[i]) in seen
         seen.add(int(channels[i]))
     return out

@@ -1,6 +1,15 @@
 """One small network per idiom that has to be narrowed consistently, with the widths it must get."""
 
-from tests.helpers.nets import attention, blocks, layers, movement, recurrent, sharing, transformers
+from tests.helpers.nets import (
+    attention,
+    blocks,
+    layers,
+    linear_attention,
+    movement,
+    recurrent,
+    sharing,
+    transformers,
+)
 from tests.helpers.nets.base import IDIOMS, Idiom, call, leaves, randomized, to_double
 
 __all__ = [
@@ -11,6 +20,7 @@ __all__ = [
     "call",
     "layers",
     "leaves",
+    "linear_attention",
     "movement",
     "randomized",
     "recurrent",
