@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, chain
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxsvd.capture import normalize_inputs
 from fxsvd.macs import at_batch, macs, macs_by_node
+from fxsvd.running import run_with
 
 __all__ = [
     "Cost",
@@ -146,12 +148,11 @@ def _lives(graph: fx.GraphModule, batch: int) -> Iterator[tuple[int, int, int]]:
 def _values_on_fakes(graph: fx.GraphModule, batch: int) -> dict[fx.Node, Any]:
     """The value of every node, all kept alive so that two storages never share an identity."""
     placeholders = graph.graph.find_nodes(op="placeholder")
-    tensors = chain(graph.named_parameters(), graph.named_buffers())
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), evaluating(graph):
         inputs = [at_batch(node.meta["val"], batch) for node in placeholders]
         device = next((item.device for item in inputs if isinstance(item, Tensor)), None)
-        weights = {f"graph.{name}": torch.empty_like(t, device=device) for name, t in tensors}
-        values = torch.func.functional_call(_NodeByNode(graph), weights, tuple(inputs))
+        fake = partial(torch.empty_like, device=device)
+        values = run_with(_NodeByNode(graph), fake, tuple(inputs))
     return cast("dict[fx.Node, Any]", values)
 
 

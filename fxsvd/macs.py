@@ -10,13 +10,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 from functools import partial
-from itertools import chain
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from fxsvd.running import run_with
 
 Rule: TypeAlias = Callable[..., int]
 """``rule(output, *args, **kwargs)``, with the operator's own arguments."""
@@ -139,9 +140,7 @@ def _run(function: Callable[..., Any], output: Any, *args: Any, **kwargs: Any) -
 
 
 def _run_layer(layer: nn.Module, output: Any, *args: Any, **kwargs: Any) -> int:
-    tensors = chain(layer.named_parameters(), layer.named_buffers())
-    weights = {name: tensor.detach().to("meta") for name, tensor in tensors}
-    return _run(torch.func.functional_call, output, layer, weights, args, kwargs)
+    return _run(run_with, output, layer, lambda t: t.detach().to("meta"), args, kwargs)
 
 
 FUNCTIONS: dict[Any, Rule] = {

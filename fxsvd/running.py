@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -123,6 +124,38 @@ def computes_numbers(outputs: Any) -> bool:
     """Whether there is a finite number among the outputs (or nothing at all)."""
     found = [t for t in leaves(outputs) if t.numel()]
     return not found or any(bool(t.isfinite().any()) for t in found)
+
+
+def run_with(
+    module: nn.Module,
+    make: Callable[[Tensor], Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+) -> Any:
+    """Call a module with other tensors in the places of its parameters and buffers.
+
+    Args:
+        module: it has its own again afterwards, also a layer with two names in it (in which
+            ``torch.func.functional_call`` would leave what it found under the second).
+        make: makes one of each.
+        args: of the call.
+        kwargs: likewise.
+
+    >>> run_with(nn.Linear(2, 1), torch.ones_like, (torch.ones(1, 2),)).item()
+    3.0
+    """
+    made: dict[int, Tensor] = {}
+    places: dict[str, Tensor] = {}
+    for path, part in module.named_modules():
+        tensors = chain(
+            part.named_parameters(recurse=False, remove_duplicate=False),
+            part.named_buffers(recurse=False, remove_duplicate=False),
+        )
+        for name, tensor in tensors:
+            if id(tensor) not in made:
+                made[id(tensor)] = make(tensor)
+            places[f"{path}.{name}" if path else name] = made[id(tensor)]
+    return torch.func.functional_call(module, places, args, dict(kwargs or {}), tie_weights=False)
 
 
 def difference(actual: Any, expected: Any) -> float:

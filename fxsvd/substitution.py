@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from fxsvd.edits import Part, Substitute
 from fxsvd.errors import PlanError
 from fxsvd.layers import CONVOLUTIONS
+from fxsvd.running import run_with
 
 KINDS: dict[str, type[nn.Module]] = {k.__name__: k for k in (nn.Linear, *CONVOLUTIONS)}
 _OPTIONS = ("stride", "padding", "dilation", "groups", "padding_mode")
@@ -159,12 +160,12 @@ def _moves(graph: fx.GraphModule, node: fx.Node) -> bool:
 
 def _shape_behind(module: nn.Module, value: Any) -> Tensor:
     """What a layer makes of a fake tensor (in its own world of symbolic sizes)."""
+
+    def fake(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=value.device)
+
     with value.fake_mode, torch.no_grad():
-        weights = {
-            n: torch.empty(p.shape, dtype=p.dtype, device=value.device)
-            for n, p in module.named_parameters()
-        }
-        out: Tensor = torch.func.functional_call(module, weights, (value,))
+        out: Tensor = run_with(module, fake, (value,))
     return out
 
 

@@ -90,3 +90,15 @@ def dict_of_outputs() -> nn.Module:
 @idiom(lambda batch: {"x": torch.randn(batch, 7)}, {"a": (8, 4), **OUT})
 def keyword_inputs() -> nn.Module:
     return Net(lambda m, x: m.out(m.a(x).relu()), a=nn.Linear(7, 8), out=nn.Linear(8, 3))
+
+
+@idiom(VECTOR, {"a": (8, 4), "first.0": (6, 3), **OUT})
+def block_with_two_names() -> nn.Module:
+    """As in CoaT: the same module under several names, called by each."""
+
+    def run(m: Net, x: Tensor) -> Tensor:
+        y = m.a(x).relu()
+        return m.out(m.second(y + m.first(y)))
+
+    block = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 8))
+    return Net(run, a=nn.Linear(7, 8), first=block, second=block, out=nn.Linear(8, 3))
