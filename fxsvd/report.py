@@ -99,7 +99,7 @@ class Report:
 
     def _space_lines(self) -> list[str]:
         rows = [r for r in self.spaces if r.after != r.before]
-        width = max((len(r.name) for r in rows), default=5)
+        width = max(map(len, ("space", *(r.name for r in rows))))
         head = [f"{'space':<{width}}  {'before':>6}  {'after':>6}  written by"] if rows else []
         return head + [
             f"{r.name:<{width}}  {r.before:>6}  {r.after:>6}  {_some(r.producers)}" for r in rows
@@ -119,7 +119,7 @@ class Report:
             stage = stage.then
 
     def _site_lines(self) -> list[str]:
-        width = max((len(s.layer) for s in self.sites), default=5)
+        width = max(map(len, ("layer", *(s.layer for s in self.sites))))
         head = [f"{'layer':<{width}}  {'edit':<9}  lost of its variance: predicted  measured"]
         rows = [
             f"{s.layer:<{width}}  {s.edit:<9}  {s.predicted:>31.2e}  {s.measured:>8.2e}"

@@ -55,7 +55,7 @@ def test_the_text_is_a_table() -> None:
         "activation bytes      4.86 k    2.82 k   57.9%",
         "",
         "space  before   after  written by",
-        "conv       8       4  conv",
+        "conv        8       4  conv",
         "",
         "not narrowed:",
         "  head (2): it is the network's output",
