@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -130,7 +130,7 @@ def run_with(
     module: nn.Module,
     make: Callable[[Tensor], Tensor],
     args: tuple[Any, ...],
-    kwargs: Mapping[str, Any] | None = None,
+    kwargs: dict[str, Any] | None = None,
 ) -> Any:
     """Call a module with other tensors in the places of its parameters and buffers.
 
@@ -155,7 +155,7 @@ def run_with(
             if id(tensor) not in made:
                 made[id(tensor)] = make(tensor)
             places[f"{path}.{name}" if path else name] = made[id(tensor)]
-    return torch.func.functional_call(module, places, args, dict(kwargs or {}), tie_weights=False)
+    return torch.func.functional_call(module, places, args, kwargs, tie_weights=False)
 
 
 def difference(actual: Any, expected: Any) -> float:

@@ -18,8 +18,8 @@ from fxsvd.dependency import Dependencies
 from fxsvd.layers import BATCH_NORMS
 from fxsvd.narrowing import Mask
 from fxsvd.relations import Atoms
+from fxsvd.rules.joining import DIVISIONS
 
-DIVISIONS = ("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_chunk")
 LIKE = ("view_as", "reshape_as", "expand_as")
 PRODUCTS = (torch.matmul, torch.bmm, operator.matmul, torch.baddbmm, torch.einsum, "matmul", "bmm")
 
@@ -69,8 +69,8 @@ def barred(deps: Dependencies) -> Mask:
             quiet, other = (first, second) if first.zero else (second, first)
             decided[_common(deps, quiet, other)] = True
             silent[quiet.atoms], loud[other.atoms] = True, True
-    barred: Mask = decided[of] & (silent | ~loud)
-    return barred
+    out: Mask = decided[of] & (silent | ~loud)
+    return out
 
 
 def given(deps: Dependencies) -> set[int]:
@@ -138,8 +138,7 @@ def _source(node: fx.Node) -> fx.Node | None:
 
 def _is_part(part: fx.Node, whole: fx.Node) -> bool:
     """Whether a node is one of the parts that another divides its input into, and they alone."""
-    name = getattr(whole.target, "__name__", whole.target)
-    if name not in DIVISIONS or any(u.target is not operator.getitem for u in whole.users):
+    if whole.target not in DIVISIONS or {u.target for u in whole.users} != {operator.getitem}:
         return False
     places = [user.args[1] for user in whole.users]
     return all(isinstance(i, int) for i in places) and places.count(part.args[1]) == 1

@@ -23,6 +23,9 @@ from fxsvd.axes import (
 )
 from fxsvd.rules.registry import Call, Edit, literals, rule, spellings, stays
 
+DIVISIONS = spellings("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_chunk")
+"""Ops that part a tensor into neighbours along a dimension."""
+
 
 @rule(*spellings("cat", "concat", "concatenate"))
 def cat(call: Call, tensors: Sequence[TensorType], dim: int = 0, **kwargs: Any) -> TensorType:
@@ -145,7 +148,7 @@ def pad_literals(edit: Edit) -> None:
         edit.node.kwargs = {**edit.node.kwargs, "pad": tuple(written)}
 
 
-@rule(*spellings("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_chunk"))
+@rule(*DIVISIONS)
 def split(call: Call, input: TensorType, _how: Any = None, dim: int = 0, **__: Any) -> Any:
     """Neighbouring indices go to neighbouring results."""
     d = dimension(dim, len(input.shape))
@@ -156,7 +159,7 @@ def split(call: Call, input: TensorType, _how: Any = None, dim: int = 0, **__: A
     )
 
 
-@literals(*spellings("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_chunk"))
+@literals(*DIVISIONS)
 def split_literals(edit: Edit) -> None:
     """Explicit sizes wherever equal ones would no longer say the same."""
     node = edit.node
